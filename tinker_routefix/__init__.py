@@ -1,0 +1,1 @@
+"""Survive stale gateway routes in tinker training runs."""
