@@ -1,1 +1,98 @@
-"""Survive stale gateway routes in tinker training runs."""
+"""Survive stale gateway routes in tinker training runs.
+
+``import tinker_routefix`` patches the tinker SDK so that creating a training client warms
+the gateway's route up, and a 404 of the gateway is replayed once the control plane has
+said that the job runs. ``TINKER_ROUTEFIX=0`` switches it off.
+
+The import itself loads neither tinker nor httpx; switched off, it loads next to nothing.
+"""
+
+from __future__ import annotations
+
+from ._switch import SettingError, switched_on
+from ._version import __version__
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ._log import RoutefixWarning
+    from ._status import JobStatus, SeamStatus, Status, status
+
+__all__ = [
+    "JobStatus",
+    "RoutefixWarning",
+    "SeamStatus",
+    "SettingError",
+    "Status",
+    "__version__",
+    "configure",
+    "install",
+    "status",
+    "uninstall",
+]
+
+_LAZY = {
+    "JobStatus": "_status",
+    "RoutefixWarning": "_log",
+    "SeamStatus": "_status",
+    "Status": "_status",
+    "status": "_status",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def install() -> None:
+    """Patch tinker, now if it is imported and else when it is; harmless when repeated.
+
+    ``import tinker_routefix`` has done this already unless the kill switch was off, which
+    this overrules.
+
+    Raises:
+        SettingError: A setting in the environment is not accepted.
+        RuntimeError: ``TINKER_ROUTEFIX_STRICT`` is on and this tinker does not fit.
+    """
+    from . import _seams, _settings
+
+    _settings.current()
+    _seams.install()
+
+
+def uninstall() -> None:
+    """Put tinker back exactly as it was; what waits at this moment is waited for."""
+    from . import _seams
+
+    _seams.uninstall()
+
+
+def configure(**settings: Any) -> None:
+    """Override settings from the program, before the first client connects.
+
+    Args:
+        settings: Names and values as in the README's table, without the prefix and in
+            lower case: ``configure(retry_budget=60)``. Durations are in seconds.
+
+    Raises:
+        SettingError: A value is not accepted.
+        TypeError: A name is not a setting.
+        RuntimeError: A client has connected to a trainer job already.
+    """
+    import sys
+
+    from . import _settings
+
+    routes = sys.modules.get(f"{__name__}._route")
+    if routes is not None and routes.all_routes():
+        raise RuntimeError("configure() comes too late: a client has connected to a trainer job")
+    _settings.put(_settings.current().replace(**settings))
+
+
+if switched_on():
+    install()

@@ -1,0 +1,255 @@
+"""Send a refused request again, once the control plane says that its job runs.
+
+What the gateway refuses never reached the pod, so the very same request (same body, same
+``seq_id``, same idempotency key) can be sent again without training anything twice. An
+accepted request is not seen here at all: polls are requests of their own.
+
+Every call builds a policy of its own: tenacity keeps the state of a call on the policy
+object, and coroutines that share one get each other's exceptions.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tenacity.asyncio import AsyncRetrying, retry_if_exception
+
+from . import _log, _settings
+from ._control_plane import Answer, JobState
+
+if TYPE_CHECKING:
+    import tenacity
+
+    from ._route import Route
+
+PACE = 0.5
+"""Seconds between two early releases of one request: at most two a second."""
+
+JITTER = 0.1
+"""Waits are shortened by up to this share, so that clients that were refused together do
+not come back together."""
+
+Probe = Callable[[], Awaitable[None]]
+
+
+class Waiting:
+    """How one request (or one warm-up) waits for the route.
+
+    A wait that ran its full length counts, and the next one is twice as long. A wait that
+    was ended early because the route answered counts for nothing: some replicas may know
+    the route while others do not. It only is paced.
+    """
+
+    def __init__(self, route: Route, probe: Probe, *, longest: float) -> None:
+        self.route = route
+        self.full_waits = 0
+        self.refused_at = time.monotonic()
+        self._began = self.refused_at
+        self._probe = probe
+        self._longest = longest
+        self._released_at = float("-inf")
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first refusal."""
+        return time.monotonic() - self._began
+
+    def seconds(self, left: float) -> float:
+        """How long the next wait may be, with so much of the budget left."""
+        full: float = min(_settings.current().base_delay * 2**self.full_waits, self._longest)
+        return max(0.0, min(full * random.uniform(1 - JITTER, 1), left))  # noqa: S311
+
+    def say_progress(self, _: tenacity.RetryCallState) -> None:
+        """Log that the wait goes on; the ``before_sleep`` of a tenacity policy."""
+        _log.event(
+            logging.INFO,
+            "route.waiting",
+            f"the route to job {self.route.job} is not there yet after {self.elapsed:.1f} s",
+            limit=self.route.limit,
+            job=str(self.route.job),
+            seconds=round(self.elapsed, 3),
+        )
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait; the ``sleep`` of a tenacity policy."""
+        early = await self.route.pause(
+            seconds,
+            since=self.refused_at,
+            not_before=self._released_at + PACE,
+            probe=self._probe,
+        )
+        if early:
+            self._released_at = time.monotonic()
+        else:
+            self.full_waits += 1
+
+
+class Replay(Waiting):
+    """One refused request and its way through.
+
+    Args:
+        route: The route that refused it.
+        error: The 404 that it was refused with.
+        headers: The refused request's headers; their credentials go to the control plane.
+        send: Sends the same request again over a fresh connection.
+        refused: Whether an error is again a 404 that may be the gateway's.
+        probe: Makes the light prober.
+        what: The request's name, for the log.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        error: Exception,
+        *,
+        headers: Mapping[str, str],
+        send: Callable[[], Awaitable[Any]],
+        refused: Callable[[BaseException], bool],
+        probe: Probe,
+        what: str,
+    ) -> None:
+        settings = _settings.current()
+        # Before anything has been trained there is nothing to lose by waiting, and a job
+        # that is only just starting is the usual case. Fixed at the first refusal.
+        self.patient = route.connecting
+        super().__init__(
+            route,
+            probe,
+            longest=settings.warmup_max_delay if self.patient else settings.max_delay,
+        )
+        self.error = error
+        self.what = what
+        self.replays = 0
+        self.answer: Answer | None = None
+        self._settings = settings
+        self._headers = headers
+        self._send = send
+        self._refused = refused
+        self._handed_in = False
+
+    async def run(self) -> Any:
+        """The request's answer.
+
+        Raises:
+            Exception: Whatever the request was answered with in the end: the 404, with a
+                note on it, where the job is not running or the budget is spent.
+        """
+        self._say_refused()
+        with self.route.incident():
+            try:
+                answer: Any = await self.policy()(self._attempt)
+            except Exception as error:
+                if self._refused(error):
+                    self._give_up(error)
+                raise
+        self.route.counters.recovered += 1
+        _log.event(
+            logging.INFO,
+            "route.recovered",
+            f"{self.what} of job {self.route.job} got through after {self.elapsed:.1f} s "
+            f"and {self.replays} replays",
+            limit=self.route.limit,
+            job=str(self.route.job),
+            request=self.what,
+            replays=self.replays,
+            seconds=round(self.elapsed, 3),
+        )
+        return answer
+
+    def policy(self) -> AsyncRetrying:
+        """A policy for this request alone."""
+        return AsyncRetrying(
+            retry=retry_if_exception(self._may_replay),
+            wait=lambda _: self.seconds(self._left()),
+            stop=self._spent,
+            sleep=self.sleep,
+            before_sleep=self.say_progress,
+            reraise=True,
+        )
+
+    def _left(self) -> float:
+        if self.patient:
+            return self._settings.warmup_timeout - self.route.connect_spent()
+        return self._settings.retry_budget - self.elapsed
+
+    def _spent(self, _: tenacity.RetryCallState) -> bool:
+        if self._left() <= 0:
+            return True
+        return not self.patient and self.full_waits >= self._settings.max_replays
+
+    async def _attempt(self) -> Any:
+        if not self._handed_in:
+            # The first attempt was made before there was a policy: hand in its outcome.
+            self._handed_in = True
+            raise self.error
+        if not self.patient and not await self._runs():
+            raise self.error
+        self.replays += 1
+        self.route.counters.replays += 1
+        return await self._send()
+
+    async def _may_replay(self, error: BaseException) -> bool:
+        if not isinstance(error, Exception) or not self._refused(error):
+            return False
+        if error is not self.error:
+            self.route.counters.refused += 1
+            self.error = error
+        self.refused_at = time.monotonic()
+        return await self._runs()
+
+    async def _runs(self) -> bool:
+        """Whether the control plane's word allows to send again."""
+        self.answer = await self.route.control_plane.ask(self._headers)
+        return self._allowed()
+
+    def _allowed(self) -> bool:
+        if self.answer is None:
+            return False
+        if self.patient:
+            return self.answer.state is not JobState.OVER
+        return self.answer.state is JobState.RUNNING
+
+    def _say_refused(self) -> None:
+        counters = self.route.counters
+        counters.refused += 1
+        counters.last_intervention = time.time()
+        _log.event(
+            logging.INFO,
+            "route.refused",
+            f"the gateway answered {self.what} of job {self.route.job} with a 404; "
+            "asking the control plane",
+            limit=self.route.limit,
+            job=str(self.route.job),
+            request=self.what,
+        )
+
+    def _give_up(self, error: Exception) -> None:
+        counters = self.route.counters
+        self.route.given_up = True
+        if self._allowed():
+            name = "route.given_up"
+            counters.given_up += 1
+        else:
+            name = "route.failed_fast"
+            counters.failed_fast += 1
+        said = self.answer.said if self.answer is not None else "not asked"
+        text = (
+            f"the gateway answered {self.what} of job {self.route.job} with a 404; the control "
+            f"plane's word on the job: {said}; {self.replays} replays in {self.elapsed:.1f} s"
+        )
+        error.add_note(f"tinker_routefix: {text}")
+        _log.event(
+            logging.WARNING,
+            name,
+            text,
+            limit=self.route.limit,
+            job=str(self.route.job),
+            request=self.what,
+            said=said,
+            replays=self.replays,
+            seconds=round(self.elapsed, 3),
+        )

@@ -1,0 +1,246 @@
+"""A job's route: whose it is, what has been seen of it, who waits for it.
+
+All clients of a job share one gateway route, so they share one :class:`Route`: the first
+request that is refused opens an *incident*, later ones join it, and the first answer that
+comes through releases them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import re
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from ._control_plane import ControlPlane
+from ._log import RateLimit
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+_PATH = re.compile(
+    r"(?P<prefix>.*?)/training/v1/rlorTrainerJobs/(?P<account>[^/]+)/(?P<name>[^/]+)(?:/.*)?",
+    re.DOTALL,
+)
+_DOTS = (".", "..")
+
+FORGIVEN_AFTER = 60.0
+"""Seconds without trouble after which connecting has its whole budget again; for processes
+that never create a training client and so are never seen warm."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """A trainer job behind a gateway."""
+
+    gateway: str
+    """Scheme, host, port and any path in front of ``/training``; never a user name."""
+    account: str
+    name: str
+
+    @classmethod
+    def from_url(cls, url: str) -> Job | None:
+        """The job that a base URL leads to, or None where it is no trainer-job route."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            return None
+        match = _PATH.fullmatch(parts.path)
+        if parts.scheme not in ("http", "https") or not host or match is None:
+            return None
+        prefix, account, name = match.group("prefix", "account", "name")
+        if account in _DOTS or name in _DOTS:
+            return None
+        host = f"[{host}]" if ":" in host else host
+        netloc = host if port is None else f"{host}:{port}"
+        return cls(f"{parts.scheme}://{netloc}{prefix}", account, name)
+
+    def control_plane_url(self, root: str | None = None) -> str:
+        """Where the control plane answers for this job; ``root`` defaults to the gateway."""
+        return f"{root or self.gateway}/v1/accounts/{self.account}/rlorTrainerJobs/{self.name}"
+
+    def owns(self, url: str) -> bool:
+        """Whether an address lies behind this job's route, and not where a redirect led."""
+        return Job.from_url(url) == self
+
+    def __str__(self) -> str:
+        return f"{self.account}/{self.name}"
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """What the shim has met and done for one job; only ever growing."""
+
+    refused: int = 0
+    """404s of the gateway, or of unknown origin, met by the program's requests."""
+    probes: int = 0
+    """Requests of our own: warm-up and light prober."""
+    replays: int = 0
+    recovered: int = 0
+    """Requests that were refused and got through in the end."""
+    given_up: int = 0
+    """Requests that were refused until their budget was spent."""
+    failed_fast: int = 0
+    """Requests that were handed their 404 because the control plane did not say RUNNING."""
+    telemetry_dropped: int = 0
+    """Telemetry batches of a job that is gone, dropped instead of re-sent."""
+    warmups: int = 0
+    warmup_seconds: float = 0.0
+    """Time that creating training clients spent on warming up, all together."""
+    last_intervention: float | None = None
+    """When a 404 was last met (seconds since the epoch)."""
+
+
+class Route:
+    """What one event loop knows of the route to one job."""
+
+    def __init__(self, job: Job, control_plane: ControlPlane) -> None:
+        self.job = job
+        self.control_plane = control_plane
+        self.counters = Counters()
+        self.limit = RateLimit(seconds=5.0)
+        self.warm = False
+        """A warm-up has succeeded."""
+        self.worked = False
+        """A training or sampling request has been made: from now on there is work to lose."""
+        self.model_id: str | None = None
+        self.given_up = False
+        """A program was handed a 404 and nothing has come through since."""
+        self.answered_at = float("-inf")
+        self.last_probe = float("-inf")
+        self._troubled = 0
+        self._incident_began = 0.0
+        self._incident_ended = float("-inf")
+        self._connect_spent = 0.0
+        self._sleepers: set[asyncio.Future[None]] = set()
+        self._prober: asyncio.Task[None] | None = None
+
+    @property
+    def connecting(self) -> bool:
+        """Nothing has been trained yet, and the route has not been seen warm."""
+        return not self.warm and not self.worked
+
+    @property
+    def watched(self) -> bool:
+        """An answer would be news to someone."""
+        return self._troubled > 0 or self.given_up
+
+    @property
+    def sleepers(self) -> int:
+        """How many requests wait for the route at this moment."""
+        return len(self._sleepers)
+
+    def connect_spent(self) -> float:
+        """Seconds that connecting has waited for the route so far."""
+        running = time.monotonic() - self._incident_began if self._troubled else 0.0
+        return self._connect_spent + running
+
+    def became_warm(self) -> None:
+        """Note that the warm-up succeeded, and give the next one a budget of its own."""
+        self.warm = True
+        self._connect_spent = 0.0
+        self._incident_began = time.monotonic()
+
+    def answered(self) -> None:
+        """Note that something came through the route, and release all who wait for it."""
+        self.answered_at = time.monotonic()
+        self.given_up = False
+        for sleeper in self._sleepers:
+            if not sleeper.done():
+                sleeper.set_result(None)
+
+    @contextlib.contextmanager
+    def incident(self) -> Iterator[None]:
+        """A request has been refused and is not through yet."""
+        if not self._troubled:
+            self._incident_began = time.monotonic()
+            if self._incident_began - self._incident_ended > FORGIVEN_AFTER:
+                self._connect_spent = 0.0
+        self._troubled += 1
+        try:
+            yield
+        finally:
+            self._troubled -= 1
+            if not self._troubled:
+                self._incident_ended = time.monotonic()
+                self._connect_spent += self._incident_ended - self._incident_began
+                if self._prober is not None:
+                    self._prober.cancel()
+                    self._prober = None
+
+    async def pause(
+        self,
+        seconds: float,
+        *,
+        since: float,
+        not_before: float,
+        probe: Callable[[], Awaitable[None]],
+    ) -> bool:
+        """Wait until the route is seen to answer, or for ``seconds``.
+
+        Args:
+            seconds: The longest wait.
+            since: When the waiting request was refused: an answer after that ends the wait,
+                also one that came before the wait began.
+            not_before: The wait does not end before this moment, answer or not: it paces a
+                request that some replicas let through and others refuse.
+            probe: Makes the light prober, which runs once for all who wait.
+
+        Returns:
+            Whether the wait ended early.
+        """
+        if self._prober is None or self._prober.done():
+            self._prober = asyncio.ensure_future(probe())
+        deadline = time.monotonic() + seconds
+        sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sleepers.add(sleeper)
+        try:
+            hold = min(not_before, deadline) - time.monotonic()
+            if hold > 0:
+                await asyncio.sleep(hold)
+            if self.answered_at <= since:
+                left = deadline - time.monotonic()
+                await asyncio.wait((sleeper,), timeout=max(left, 0.0))
+            return self.answered_at > since
+        finally:
+            self._sleepers.discard(sleeper)
+
+
+_lock = threading.Lock()
+_routes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Job, Route]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def route_to(job: Job) -> Route:
+    """The running loop's route to a job; made when it is first asked for."""
+    loop = asyncio.get_running_loop()
+    with _lock:
+        routes = _routes.setdefault(loop, {})
+        if job not in routes:
+            routes[job] = Route(job, ControlPlane(job))
+        return routes[job]
+
+
+def all_routes() -> list[Route]:
+    """Every route that any loop of this process has."""
+    with _lock:
+        return [route for routes in _routes.values() for route in routes.values()]
+
+
+def _forget() -> None:
+    """In a forked child: neither the parent's loops nor its lock live on."""
+    global _lock, _routes
+    _lock = threading.Lock()
+    _routes = weakref.WeakKeyDictionary()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,381 @@
+"""What the wrappers do at the seams, and all that is known of the SDK's objects.
+
+Everything the shim takes from a pool, a client, a request or a future of tinker is taken
+here; the modules below know routes, waits and answers only. The marks that this module
+leaves are attributes of live pools and clients (so they go with them) and mean nothing to
+tinker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+
+from . import _log, _seams, _settings, _verdict
+from ._connections import Lending
+from ._retry import Replay
+from ._route import Job, Route, route_to
+from ._verdict import Verdict
+from ._warmup import light_prober, warm_up
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+
+_MARK = "_tinker_routefix"
+_UNSEEN = object()
+
+_TELEMETRY = "/api/v1/telemetry"
+_API = "/api/v1/"
+_WORK = frozenset(
+    _API + name
+    for name in (
+        "forward",
+        "forward_backward",
+        "optim_step",
+        "save_weights",
+        "save_weights_for_sampler",
+        "save_weights_external",
+        "asample",
+    )
+)
+"""Submissions that mean that connecting is over: from here on there is work to lose."""
+
+_CREATES_MODEL = "CreateModel"
+_LOADS_WEIGHTS = "LoadWeights"
+"""How 0.38 creates a training client from a checkpoint: without a ``CreateModel``."""
+
+PROBE_TIMEOUT = 10.0
+"""Seconds that a probe may take; the pod answers one in milliseconds."""
+
+
+# --- Pools and their clients -------------------------------------------------------------
+
+
+class _Pool:
+    """A ``ClientConnectionPool`` whose clients lead to a trainer job."""
+
+    def __init__(self, pool: Any, client_type: type, route: Route) -> None:
+        self.route = route
+        self._pool = pool
+        self._client_type = client_type
+
+    @property
+    def _kwargs(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self._pool._constructor_kwargs)
+
+    @property
+    def has_own_http(self) -> bool:
+        """The user passed an HTTP client in: every client of the pool shares it."""
+        return self._kwargs.get("http_client") is not None
+
+    def replacement(self) -> Callable[[], Any] | None:
+        # The way in which tinker itself replaces a client that it suspects.
+        return None if self.has_own_http else functools.partial(self._client_type, **self._kwargs)
+
+    def on_one_way_connections(self, tls: ssl.SSLContext | bool) -> Any:
+        """A client that opens a connection for each request and keeps none."""
+        http = httpx.AsyncClient(
+            limits=httpx.Limits(max_keepalive_connections=0), follow_redirects=False, verify=tls
+        )
+        return self._client_type(**{**self._kwargs, "http_client": http})
+
+    def swap(self, old: Any, new: Lending) -> None:
+        vars(new.client)[_MARK] = new
+        clients: list[Any] = self._pool._clients
+        for index, client in enumerate(clients):
+            if client is old:
+                clients[index] = new.client
+
+    async def close(self, client: Any) -> None:
+        await client.close()
+
+
+def lend_client(
+    wrapped: Callable[..., contextlib.AbstractContextManager[Any]],
+    instance: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> contextlib.AbstractContextManager[Any]:
+    """``ClientConnectionPool.aclient``: note which client of which job is lent."""
+    loan = wrapped(*args, **kwargs)
+    # None: looked at once, and no trainer job.
+    return loan if vars(instance).get(_MARK, _UNSEEN) is None else _lend(loan, instance)
+
+
+@contextlib.contextmanager
+def _lend(loan: contextlib.AbstractContextManager[Any], pool: Any) -> Iterator[Any]:
+    with loan as client, contextlib.ExitStack() as stack:
+        try:
+            lending = _lending_of(client, pool)
+            if lending is not None:
+                stack.enter_context(lending.in_use())
+        except Exception as error:  # noqa: BLE001 - never worse than plain tinker
+            _log.own_failure("looking at a client", error, strict=_settings.current().strict)
+        yield client
+
+
+def _lending_of(client: Any, pool: Any) -> Lending | None:
+    adapter = vars(pool).get(_MARK, _UNSEEN)
+    if adapter is _UNSEEN:
+        job = Job.from_url(str(client.base_url))
+        adapter = None if job is None else _Pool(pool, type(client), route_to(job))
+        vars(pool)[_MARK] = adapter
+        if adapter is not None:
+            _seams.verify()
+    if adapter is None:
+        return None
+    lending = vars(client).get(_MARK)
+    if lending is None:
+        lending = vars(client)[_MARK] = Lending(client, cast("_Pool", adapter))
+    return cast("Lending", lending)
+
+
+# --- Requests ----------------------------------------------------------------------------
+
+
+def guard_request(
+    wrapped: Callable[..., Coroutine[Any, Any, Any]],
+    instance: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Coroutine[Any, Any, Any]:
+    """``AsyncTinker.request``: let it through, and look only at what comes back as a 404."""
+    lending: Lending | None = vars(instance).get(_MARK)
+    if lending is None or (lending.senders and asyncio.current_task() in lending.senders):
+        return wrapped(*args, **kwargs)
+    return _Guarded(wrapped, lending, args, kwargs).send()
+
+
+class _Guarded:
+    """One request of the program to a trainer job."""
+
+    def __init__(
+        self,
+        wrapped: Callable[..., Coroutine[Any, Any, Any]],
+        lending: Lending,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.wrapped = wrapped
+        self.lending = lending
+        self.route: Route = lending.pool.route
+        self.args = args
+        self.kwargs = kwargs
+        self.options: Any = kwargs["options"] if "options" in kwargs else args[1]
+
+    async def send(self) -> Any:
+        route = self.route
+        awaited = _awaited.get(cast("asyncio.Task[Any]", asyncio.current_task()))
+        if awaited is not None:
+            awaited.lending = self.lending
+        if not route.warm and self.options.url in _WORK:
+            route.worked = True
+        used = self.lending
+        try:
+            if used.successor is None:
+                answer = await self.wrapped(*self.args, **self.kwargs)
+            else:
+                # Spoiled and replaced while it was lent.
+                used = used.latest()
+                answer = await used.send(self._again)
+        except Exception as error:
+            if not _is_answer(error):
+                raise
+            if not _is_refused(error, route.job):
+                route.answered()
+                raise
+            if self.options.url in _verdict.LEFT_ALONE:
+                if self.options.url == _TELEMETRY and route.given_up:
+                    # Until 0.38 tinker re-sends a refused batch every second, and a fatal
+                    # exception waits 30 s for it. It discards what this returns.
+                    route.counters.telemetry_dropped += 1
+                    return None
+                raise
+            used.spoiled = True
+            return await self._replay(error, awaited)
+        if route.watched:
+            route.answered()
+        return answer
+
+    async def _replay(self, error: Exception, awaited: _Awaited | None) -> Any:
+        headers = _headers(error)
+        self._keep_idempotency_key(headers)
+        route = self.route
+        return await Replay(
+            route,
+            error,
+            headers=headers,
+            send=self._send_fresh,
+            refused=lambda other: _is_refused(other, route.job),
+            probe=light_prober(route, functools.partial(_open_prober, self.lending)),
+            what=self._name(awaited),
+        ).run()
+
+    async def _send_fresh(self) -> Any:
+        target = await self.lending.fresh()
+        try:
+            return await target.send(self._again)
+        except Exception as error:
+            target.spoiled = _is_refused(error, self.route.job)
+            raise
+
+    def _again(self, client: Any) -> Coroutine[Any, Any, Any]:
+        return cast("Coroutine[Any, Any, Any]", client.request(*self.args, **self.kwargs))
+
+    def _keep_idempotency_key(self, headers: Mapping[str, str]) -> None:
+        # tinker makes one up in every call of `request`; the first one's has to stay.
+        name = getattr(self.lending.client, "_idempotency_header", None)
+        key = headers.get(name) if name else None
+        if key is not None and self.options.idempotency_key is None:
+            self.options.idempotency_key = key
+
+    def _name(self, awaited: _Awaited | None) -> str:
+        name = str(self.options.url).removeprefix(_API)
+        return f"{name} ({awaited.request_type})" if awaited is not None else name
+
+
+def _is_answer(error: BaseException) -> bool:
+    """Whether an error of tinker's is an HTTP answer, and not the lack of one."""
+    return isinstance(getattr(error, "response", None), httpx.Response)
+
+
+def _is_refused(error: BaseException, job: Job) -> bool:
+    """Whether an error is a 404 that the gateway gave, or may have given; never raises."""
+    response = getattr(error, "response", None)
+    if not isinstance(response, httpx.Response) or response.status_code != httpx.codes.NOT_FOUND:
+        return False
+    try:
+        if not job.owns(str(response.url)):
+            return False
+        verdict = _verdict.of_body(response.content)
+    except (RuntimeError, httpx.HTTPError):
+        # No request attached, or a body that was never read.
+        return False
+    return verdict is not Verdict.POD or _settings.current().match == "any"
+
+
+def _headers(error: BaseException) -> Mapping[str, str]:
+    return cast("httpx.Response", cast("Any", error).response).request.headers
+
+
+# --- Probes of our own -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prober:
+    route: Route
+    send: Callable[[Callable[[Any], Any]], Any]
+
+    async def __call__(self) -> None:
+        await self.send(self._request)
+
+    def _request(self, client: Any) -> Any:
+        options = {"timeout": PROBE_TIMEOUT, "max_retries": 0}
+        if self.route.model_id is None:
+            path = f"{_API}get_server_capabilities"
+            return client.get(path, cast_to=httpx.Response, options=options)
+        body = {"model_id": self.route.model_id, "type": "get_info"}
+        return client.post(f"{_API}get_info", cast_to=httpx.Response, body=body, options=options)
+
+    def refused(self, error: BaseException) -> bool:
+        return _is_refused(error, self.route.job)
+
+    def headers(self, error: BaseException) -> Mapping[str, str]:
+        return _headers(error)
+
+    def answered(self, error: BaseException) -> bool:
+        return _is_answer(error)
+
+
+@functools.cache
+def _tls_context() -> ssl.SSLContext:
+    # Like tinker's own connections it follows the environment (certificates, proxies).
+    return httpx.create_ssl_context(trust_env=True)
+
+
+@contextlib.asynccontextmanager
+async def _open_prober(lending: Lending) -> AsyncIterator[_Prober]:
+    pool = cast("_Pool", lending.pool)
+    if pool.has_own_http:
+        yield _Prober(pool.route, lending.send)
+        return
+
+    def make() -> Any:
+        secure = pool.route.job.gateway.startswith("https:")
+        return pool.on_one_way_connections(_tls_context() if secure else False)
+
+    # Off the loop: it reads the certificates.
+    client = await asyncio.to_thread(make)
+    try:
+        yield _Prober(pool.route, lambda request: request(client))
+    finally:
+        await client.close()
+
+
+# --- Futures -----------------------------------------------------------------------------
+
+
+class _Awaited:
+    """A future whose result is being polled for."""
+
+    def __init__(self, request_type: str) -> None:
+        self.request_type = request_type
+        self.lending: Lending | None = None
+
+
+_awaited: weakref.WeakKeyDictionary[asyncio.Task[Any], _Awaited] = weakref.WeakKeyDictionary()
+
+
+async def await_result(
+    wrapped: Callable[..., Coroutine[Any, Any, Any]],
+    instance: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """``_APIFuture._result_async``: name its polls, and warm up before a model is handed out."""
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    awaited = _awaited[task] = _Awaited(str(getattr(instance, "request_type", "")))
+    try:
+        result = await wrapped(*args, **kwargs)
+    except Exception as error:
+        _carry_note(error)
+        raise
+    finally:
+        _awaited.pop(task, None)
+    # None where nothing was polled on a trainer job's route.
+    if awaited.lending is not None:
+        await _warm_up_if_new_model(awaited, awaited.lending, instance, result)
+    return result
+
+
+async def _warm_up_if_new_model(
+    awaited: _Awaited, lending: Lending, instance: Any, result: Any
+) -> None:
+    route = lending.pool.route
+    creates = awaited.request_type == _CREATES_MODEL
+    if not creates and not (awaited.request_type == _LOADS_WEIGHTS and not route.warm):
+        return
+    future = getattr(instance, "untyped_future", None)
+    model_id = getattr(result, "model_id", None) or getattr(future, "model_id", None)
+    if isinstance(model_id, str):
+        route.model_id = model_id
+    _seams.verify()
+    await warm_up(route, functools.partial(_open_prober, lending))
+
+
+def _carry_note(error: BaseException) -> None:
+    """Put our note on what the caller gets: tinker raises its own error from the 404."""
+    cause = error.__cause__
+    while cause is not None:
+        for note in getattr(cause, "__notes__", ()):
+            if note.startswith("tinker_routefix:"):
+                error.add_note(note)
+                return
+        cause = cause.__cause__

@@ -1,0 +1,307 @@
+"""Where tinker is wrapped: the only module, with ``_sdk``, that knows tinker's names.
+
+The seams are one table of data. Installing probes every seam of an SDK, then wraps them
+all, then publishes; any failure undoes what was done, so there is never half a patch. The
+ledger keeps the very object that stood in the owner's ``vars()``, so uninstalling restores
+by identity. Nothing of tinker is imported here: post-import hooks wait for its modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import importlib
+import inspect
+import logging
+import os
+import sys
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from . import _log, _settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ISSUES = "https://github.com/tinker-routefix/tinker_routefix/issues"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seam:
+    """One attribute that is wrapped."""
+
+    module: str
+    attribute: str
+    wrapper: str
+    """The function of ``_sdk`` that stands in front of it."""
+    purpose: str
+    coroutine: bool
+    """Whether it must be a coroutine function."""
+    parameters: tuple[str, ...] = ()
+    """Parameters that the wrapper relies on."""
+
+
+TINKER = (
+    Seam(
+        "tinker.lib.internal_client_holder",
+        "ClientConnectionPool.aclient",
+        "lend_client",
+        "every request of every release borrows its client here: tells which client belongs "
+        "to which pool and job",
+        coroutine=False,
+    ),
+    Seam(
+        "tinker._client",
+        "AsyncTinker.request",
+        "guard_request",
+        "every request passes: a gateway 404 is replayed once the control plane has verified it",
+        coroutine=True,
+        parameters=("cast_to", "options"),
+    ),
+    Seam(
+        "tinker.lib.api_future_impl",
+        "_APIFuture._result_async",
+        "await_result",
+        "names polls for the log, and warms the route up before a new model is handed out",
+        coroutine=True,
+    ),
+)
+
+
+class SeamState(enum.Enum):
+    """What stands at a seam now."""
+
+    NOT_LOADED = "not loaded"
+    """Its module has not been imported."""
+    ORIGINAL = "original"
+    OURS = "ours"
+    BURIED = "ours, under another wrapper"
+    REPLACED = "replaced"
+    """Someone put something else there after us: the shim is without effect here."""
+    ABSENT = "absent"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Patch:
+    """A line of the ledger."""
+
+    seam: Seam
+    owner: Any
+    name: str
+    inherited: bool
+    raw: Any
+    """What stood in the owner's ``vars()``, where it was not inherited."""
+    wrapper: Any
+
+
+class _MissingSeamError(Exception):
+    pass
+
+
+_lock = threading.RLock()
+_ledger: list[_Patch] = []
+_loaded: set[str] = set()
+_hooked = False
+_active = False
+_missing: str | None = None
+_complained = False
+
+
+def is_active() -> bool:
+    """Whether the wrappers do anything; asked at every call of a wrapped function."""
+    return _active
+
+
+def unusable() -> str | None:
+    """Why the SDK that was found is not patched, where it is not."""
+    return _missing
+
+
+def install() -> None:
+    """Switch the shim on: wrap what is imported already, and the rest when it comes.
+
+    Calling it twice is harmless.
+
+    Raises:
+        RuntimeError: The settings are strict and a seam is missing.
+    """
+    global _active, _hooked
+    with _lock:
+        _active = True
+        if _hooked:
+            _patch_if_complete()
+            return
+        _hooked = True
+        modules = {seam.module for seam in TINKER}
+    # Outside of the lock: a hook for a module that is there already runs at once.
+    for module in sorted(modules):
+        wrapt.when_imported(module)(_module_came)
+
+
+def uninstall() -> None:
+    """Switch the shim off and put back exactly what stood at every seam.
+
+    A wrapper of ours that someone has wrapped again since stays where it is, passes
+    everything through, and is reported by ``status()``.
+    """
+    global _active
+    with _lock:
+        _active = False
+        _unwrap_all()
+
+
+def _module_came(module: Any) -> None:
+    """Run when one of the modules has been imported; must not disturb that import."""
+    with _lock:
+        _loaded.add(module.__name__)
+        if _active:
+            _patch_if_complete()
+
+
+def _patch_if_complete() -> None:
+    global _missing
+    if _ledger or _missing or not all(seam.module in _loaded for seam in TINKER):
+        return
+    try:
+        patches = [_probe(seam) for seam in TINKER]
+        for patch in patches:
+            _ledger.append(patch)
+            setattr(patch.owner, patch.name, patch.wrapper)
+    except Exception as error:
+        _unwrap_all()
+        _missing = f"tinker {_release()}: {error}"
+        message = (
+            f"tinker_routefix does not fit {_missing}. Nothing has been patched: tinker works as "
+            f"without the shim, and a stale gateway route can end the run. Please report it: "
+            f"{ISSUES}"
+        )
+        if _settings.current().strict:
+            raise RuntimeError(message) from error
+        # Where warnings are errors, the user's own import must still not fail.
+        _warn(message)
+        return
+    _log.event(
+        logging.DEBUG,
+        "shim.installed",
+        f"tinker {_release()} is patched at {len(_ledger)} seams",
+        release=_release(),
+    )
+
+
+def _probe(seam: Seam) -> _Patch:
+    """Look whether a seam is what we take it for, and make its wrapper; changes nothing."""
+    try:
+        owner, name, original = wrapt.resolve_path(sys.modules[seam.module], seam.attribute)
+    except AttributeError as error:
+        raise _MissingSeamError(f"{seam.module} has no {seam.attribute}") from error
+    where = f"{seam.module}.{seam.attribute}"
+    if not callable(original) or inspect.iscoroutinefunction(original) is not seam.coroutine:
+        kind = "a coroutine function" if seam.coroutine else "a plain function"
+        raise _MissingSeamError(f"{where} is not {kind}")
+    parameters = inspect.signature(original).parameters
+    for parameter in seam.parameters:
+        if parameter not in parameters:
+            raise _MissingSeamError(f"{where} has no parameter {parameter!r}")
+    behaviour: Callable[..., Any] = getattr(
+        importlib.import_module(f"{__package__}._sdk"), seam.wrapper
+    )
+    wrapper = wrapt.FunctionWrapper(original, behaviour, enabled=is_active)
+    inherited = name not in vars(owner)
+    return _Patch(seam, owner, name, inherited, vars(owner).get(name), wrapper)
+
+
+def _unwrap_all() -> None:
+    """Undo the ledger, last line first; what is buried stays in it."""
+    for patch in reversed(_ledger.copy()):
+        standing = vars(patch.owner).get(patch.name)
+        if standing is patch.wrapper:
+            if patch.inherited:
+                delattr(patch.owner, patch.name)
+            else:
+                setattr(patch.owner, patch.name, patch.raw)
+        elif _is_buried(patch):
+            _log.event(
+                logging.WARNING,
+                "seam.buried",
+                f"{patch.seam.attribute} has been wrapped by someone else since; the shim's "
+                "wrapper stays below it and passes everything through",
+                seam=patch.seam.attribute,
+            )
+            continue
+        _ledger.remove(patch)
+
+
+def _is_buried(patch: _Patch) -> bool:
+    standing = vars(patch.owner).get(patch.name)
+    while standing is not None and standing is not patch.wrapper:
+        standing = getattr(standing, "__wrapped__", None)
+    return standing is not None
+
+
+def _state(seam: Seam) -> SeamState:
+    for patch in _ledger:
+        if patch.seam is seam:
+            if vars(patch.owner).get(patch.name) is patch.wrapper:
+                return SeamState.OURS
+            return SeamState.BURIED if _is_buried(patch) else SeamState.REPLACED
+    module = sys.modules.get(seam.module)
+    if module is None:
+        return SeamState.NOT_LOADED
+    try:
+        wrapt.resolve_path(module, seam.attribute)
+    except AttributeError:
+        return SeamState.ABSENT
+    return SeamState.ORIGINAL
+
+
+def states() -> list[tuple[Seam, SeamState]]:
+    """What stands at every seam now."""
+    with _lock:
+        return [(seam, _state(seam)) for seam in TINKER]
+
+
+def verify() -> None:
+    """At connect: say once, and aloud, if someone has replaced a seam since we wrapped it."""
+    global _complained
+    replaced = [seam.attribute for seam, state in states() if state is SeamState.REPLACED]
+    if not replaced or _complained:
+        return
+    _complained = True
+    _warn(
+        f"tinker_routefix: {', '.join(replaced)} of tinker {_release()} has been replaced by "
+        "another package after the shim wrapped it; what the shim does there no longer works. "
+        "Import tinker_routefix after that package."
+    )
+
+
+def _release() -> str:
+    return str(getattr(sys.modules.get("tinker"), "__version__", None) or _metadata_version())
+
+
+def _metadata_version() -> str:
+    metadata = importlib.import_module("importlib.metadata")
+    try:
+        return str(metadata.version("tinker"))
+    except metadata.PackageNotFoundError:
+        return "of an unknown release"
+
+
+def _warn(message: str) -> None:
+    """One log line and one :class:`RoutefixWarning`, without ever raising."""
+    _log.event(logging.WARNING, "shim.cannot_help", message)
+    # `-W error`: the log line has been written, and an import is no place to raise.
+    with contextlib.suppress(_log.RoutefixWarning):
+        warnings.warn(message, _log.RoutefixWarning, stacklevel=2)
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)

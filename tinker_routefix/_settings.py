@@ -1,0 +1,173 @@
+"""The settings: read once from the environment, checked, frozen.
+
+A run costs too much to find out an hour later that a limit had a typo in it, so every
+value is parsed when the shim is imported and a bad one is refused by name. The defaults
+are those of a client-side wrapper that was in use before this shim existed; the table in
+the README is compared with this module by a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from ._log import RoutefixWarning
+from ._switch import KILL_SWITCH, SettingError, parse_switch
+
+Parser = Callable[[str, Any], Any]
+
+
+def _switch(name: str, value: Any) -> bool:
+    return value if isinstance(value, bool) else parse_switch(name, str(value))
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = None if isinstance(value, bool | float) else int(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or number < 0:
+        raise SettingError(name, value, "a whole number, 0 or more")
+    return number
+
+
+def _seconds(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise SettingError(name, value, "a number of seconds above 0")
+    return number
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only mean this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _control_plane_url(name: str, value: Any) -> str:
+    expected = "an https URL (http only on loopback) without user name, query or fragment"
+    try:
+        parts = urlsplit(str(value))
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise SettingError(name, "(hidden)", expected) from None
+    secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or ""))
+    if not host or not secure or "@" in parts.netloc or parts.query or parts.fragment:
+        # Whatever was pasted here may hold a key: the refusal does not repeat it.
+        raise SettingError(name, "(hidden)", expected)
+    return str(value).rstrip("/")
+
+
+def _match(name: str, value: Any) -> str:
+    word = str(value).strip().lower()
+    if word not in ("gateway", "any"):
+        raise SettingError(name, value, "gateway or any")
+    return word
+
+
+def _setting(default: Any, parse: Parser, variable: str) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "variable": variable})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What the shim may do, and for how long. All durations are in seconds."""
+
+    enabled: bool = _setting(True, _switch, KILL_SWITCH)
+    """The kill switch, as it stood when the shim was imported."""
+    strict: bool = _setting(False, _switch, "TINKER_ROUTEFIX_STRICT")
+    """Raise where the shim would otherwise warn and step aside."""
+    warmup_successes: int = _setting(3, _count, "TINKER_ROUTEFIX_WARMUP_SUCCESSES")
+    """Successes in a row, over as many fresh connections, that make a route warm; 0: no warm-up."""
+    warmup_timeout: float = _setting(120.0, _seconds, "TINKER_ROUTEFIX_WARMUP_TIMEOUT")
+    """How long connecting may wait for the route, all its calls together."""
+    warmup_max_delay: float = _setting(8.0, _seconds, "TINKER_ROUTEFIX_WARMUP_MAX_DELAY")
+    """The longest single wait while connecting."""
+    max_replays: int = _setting(4, _count, "TINKER_ROUTEFIX_MAX_REPLAYS")
+    """Replays of one request that waited in full; 0: no replay."""
+    base_delay: float = _setting(2.0, _seconds, "TINKER_ROUTEFIX_BASE_DELAY")
+    """The first wait; each further one is twice as long."""
+    max_delay: float = _setting(15.0, _seconds, "TINKER_ROUTEFIX_MAX_DELAY")
+    """The longest single wait after connecting."""
+    retry_budget: float = _setting(30.0, _seconds, "TINKER_ROUTEFIX_RETRY_BUDGET")
+    """How long one request may wait for the route after connecting."""
+    control_plane_url: str | None = _setting(
+        None, _control_plane_url, "TINKER_ROUTEFIX_CONTROL_PLANE_URL"
+    )
+    """The control plane's URL up to, not including, ``/v1``; default: the gateway's own origin."""
+    control_plane_timeout: float = _setting(5.0, _seconds, "TINKER_ROUTEFIX_CONTROL_PLANE_TIMEOUT")
+    """How long the control plane may take to answer, from connecting to the last byte."""
+    match: Literal["gateway", "any"] = _setting("gateway", _match, "TINKER_ROUTEFIX_MATCH")
+    """Which 404s are asked about: all but the pod's own, or every one."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Read and check every setting; unset and empty variables take the default.
+
+        Raises:
+            SettingError: A variable holds a value that is not accepted.
+        """
+        environment = os.environ if environment is None else environment
+        values: dict[str, Any] = {}
+        known: set[str] = set()
+        for field in dataclasses.fields(cls):
+            variable = field.metadata["variable"]
+            known.add(variable)
+            text = environment.get(variable, "").strip()
+            if text:
+                values[field.name] = field.metadata["parse"](variable, text)
+        for variable in environment:
+            if variable.startswith(f"{KILL_SWITCH}_") and variable not in known:
+                warnings.warn(
+                    f"{variable} is not a setting of tinker_routefix and has no effect; "
+                    f"the settings are {', '.join(sorted(known))}",
+                    RoutefixWarning,
+                    stacklevel=2,
+                )
+        return cls(**values)
+
+    def replace(self, **overrides: Any) -> Settings:
+        """A copy with some settings changed, checked like the environment's.
+
+        Raises:
+            SettingError: A value is not accepted.
+            TypeError: A name is not a setting, or is ``enabled``: that is what
+                ``install()`` and ``uninstall()`` are for.
+        """
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        for name, value in overrides.items():
+            if name not in fields or name == "enabled":
+                allowed = ", ".join(sorted(fields.keys() - {"enabled"}))
+                raise TypeError(f"{name!r} is not a setting; the settings are {allowed}")
+            optional = fields[name].default is None
+            if not (optional and value is None):
+                overrides[name] = fields[name].metadata["parse"](name, value)
+        return dataclasses.replace(self, **overrides)
+
+
+_current: Settings | None = None
+
+
+def current() -> Settings:
+    """The settings in force."""
+    global _current
+    if _current is None:
+        _current = Settings.from_environment()
+    return _current
+
+
+def put(settings: Settings) -> None:
+    """Put other settings in force."""
+    global _current
+    _current = settings

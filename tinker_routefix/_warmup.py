@@ -1,0 +1,214 @@
+"""Warm a route up before the program gets to work, and watch it while someone waits.
+
+The SDK calls a job ready after one good health check; the other paths of the same route
+can still be stale. The warm-up proves the route on a path that does go through the table:
+so many successes in a row, over as many fresh connections, because each connection may
+end at another replica of the gateway. They are sent at the same time, so a healthy route
+costs a round trip or two.
+
+While requests wait for a route, one light prober per job asks in their place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import tenacity
+from tenacity.asyncio import AsyncRetrying, retry_if_exception
+
+from . import _log, _settings
+from ._control_plane import Answer, JobState
+from ._retry import Probe, Waiting
+
+if TYPE_CHECKING:
+    from ._route import Route
+
+
+class Prober(Protocol):
+    """Sends a light request of our own through the route."""
+
+    async def __call__(self) -> None:
+        """Send one over a fresh connection; raises what it was answered with."""
+
+    def refused(self, error: BaseException) -> bool:
+        """Whether an error is a 404 that may be the gateway's."""
+
+    def headers(self, error: BaseException) -> Mapping[str, str]:
+        """The headers of the request that an error answers."""
+
+    def answered(self, error: BaseException) -> bool:
+        """Whether an error is an answer of the other side, and not the lack of one."""
+
+
+OpenProber = Callable[[], contextlib.AbstractAsyncContextManager[Prober]]
+
+
+class _WarmUp(Waiting):
+    def __init__(self, route: Route, prober: Prober, probe: Probe) -> None:
+        settings = _settings.current()
+        super().__init__(route, probe, longest=settings.warmup_max_delay)
+        self._settings = settings
+        self._prober = prober
+        self._spent_before = 0.0 if route.warm else route.connect_spent()
+        self._answer: Answer | None = None
+        self.rounds = 0
+
+    async def run(self) -> None:
+        policy = AsyncRetrying(
+            retry=retry_if_exception(self._may_go_on),
+            wait=lambda _: self.seconds(self._left()),
+            stop=lambda _: self._left() <= 0,
+            sleep=self.sleep,
+            before_sleep=self.say_progress,
+            reraise=True,
+        )
+        await policy(self._round)
+
+    def _left(self) -> float:
+        return self._settings.warmup_timeout - self._spent_before - self.elapsed
+
+    async def _round(self) -> None:
+        """All successes at once; a 404 among them starts the count again."""
+        self.rounds += 1
+        count = self._settings.warmup_successes
+        self.route.counters.probes += count
+        outcomes = await asyncio.gather(
+            *(self._prober() for _ in range(count)), return_exceptions=True
+        )
+        errors = [outcome for outcome in outcomes if outcome is not None]
+        for error in sorted(errors, key=self._prober.refused, reverse=True):
+            raise error
+
+    async def _may_go_on(self, error: BaseException) -> bool:
+        if not self._prober.refused(error):
+            return False
+        self.refused_at = time.monotonic()
+        self.route.counters.last_intervention = time.time()
+        self._answer = await self.route.control_plane.ask(self._prober.headers(error))
+        return self._answer.state is not JobState.OVER
+
+    def note(self) -> str:
+        """What was seen, for the exception that ends the warm-up."""
+        said = self._answer.said if self._answer is not None else "not asked"
+        return (
+            f"job {self.route.job}: the gateway still answered 404 after {self.elapsed:.1f} s "
+            f"and {self.rounds} rounds; the control plane's word on the job: {said}"
+        )
+
+    @property
+    def over(self) -> bool:
+        """The control plane has said that the job is over or gone."""
+        return self._answer is not None and self._answer.state is JobState.OVER
+
+
+async def warm_up(route: Route, open_prober: OpenProber) -> None:
+    """Return once the route has answered often enough in a row.
+
+    Any other error than a 404 of the gateway ends the warm-up with a warning: it is for
+    the next call to meet it.
+
+    Raises:
+        TimeoutError: The gateway still answered 404 at the end of the budget
+            (``warmup_timeout``, 120 s); caused by the last 404.
+        Exception: The gateway's 404 itself, where the control plane says that the job is
+            over or gone.
+    """
+    settings = _settings.current()
+    if not settings.warmup_successes:
+        return
+    began = time.monotonic()
+    route.counters.warmups += 1
+    try:
+        async with open_prober() as prober:
+            warm = _WarmUp(route, prober, light_prober(route, open_prober))
+            with route.incident():
+                await _run(route, warm, prober)
+    finally:
+        route.counters.warmup_seconds += time.monotonic() - began
+
+
+async def _run(route: Route, warm: _WarmUp, prober: Prober) -> None:
+    job = str(route.job)
+    try:
+        await warm.run()
+    except Exception as error:
+        if not prober.refused(error):
+            _log.event(
+                logging.WARNING,
+                "warmup.ended",
+                f"the warm-up of job {job} met {type(error).__name__} and ends; "
+                "the next call will tell",
+                job=job,
+                error=type(error).__name__,
+            )
+            return
+        route.given_up = True
+        if warm.over:
+            route.counters.failed_fast += 1
+            error.add_note(f"tinker_routefix: {warm.note()}")
+            raise
+        route.counters.given_up += 1
+        raise TimeoutError(f"tinker_routefix: {warm.note()}") from error
+    waited = warm.rounds > 1
+    if waited:
+        route.counters.recovered += 1
+    route.became_warm()
+    route.answered()
+    _log.event(
+        logging.INFO if waited else logging.DEBUG,
+        "warmup.done",
+        f"the route to job {job} is warm after {warm.elapsed:.1f} s",
+        job=job,
+        seconds=round(warm.elapsed, 3),
+        rounds=warm.rounds,
+    )
+
+
+FIRST_SECOND = 1.0
+FIRST_HALF_MINUTE = 30.0
+PROBE_GAP = 0.2
+"""Seconds between two light probes at least, also when one incident follows another."""
+
+
+def _cadence(state: tenacity.RetryCallState) -> float:
+    """Four times a second at first, when most races end; then ever less of a burden."""
+    elapsed = state.seconds_since_start or 0.0
+    if elapsed < FIRST_SECOND:
+        return 0.25
+    return 0.5 if elapsed < FIRST_HALF_MINUTE else 1.0
+
+
+def light_prober(route: Route, open_prober: OpenProber) -> Probe:
+    """What asks in the place of all who wait for a route, until it is cancelled."""
+
+    async def once(prober: Prober) -> None:
+        if not route.sleepers or time.monotonic() - route.last_probe < PROBE_GAP:
+            return
+        route.last_probe = time.monotonic()
+        route.counters.probes += 1
+        try:
+            await prober()
+        except Exception as error:  # noqa: BLE001 - it only matters whether it is an answer
+            if prober.refused(error) or not prober.answered(error):
+                return
+        route.answered()
+
+    async def probe() -> None:
+        policy = AsyncRetrying(
+            retry=tenacity.retry_if_result(lambda _: True),
+            wait=_cadence,
+            stop=tenacity.stop_never,
+            sleep=asyncio.sleep,
+        )
+        try:
+            async with open_prober() as prober:
+                await policy(once, prober)
+        except Exception as error:  # noqa: BLE001 - without a prober, waits run their length
+            _log.own_failure("probing the route", error, strict=_settings.current().strict)
+
+    return probe
