@@ -18,6 +18,7 @@ from tinker_routefix.demo import race, report
 DEMO = [sys.executable, "-m", "tinker_routefix", "demo"]
 
 
+@pytest.mark.long
 def test_the_race_ends_as_the_tables_claim() -> None:
     # One test: with several workers, each would run a demo of its own for its share of them.
     demo = subprocess.run([*DEMO, "--json"], capture_output=True, text=True, timeout=180)

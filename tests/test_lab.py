@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     MakeLab = Callable[..., Lab]
 
-pytest_plugins = ["tinker_routefix.lab.pytest_plugin"]
-
 
 class Client:
     """A trainer's client in the smallest sense: it sends, and never retries."""
@@ -456,7 +454,7 @@ def test_the_answer_of_a_stale_replica(lab: Lab, client: Client) -> None:
         (Fault(chance=0.0), [200] * 4),
         (Fault(when=lambda exchange: exchange.connection == 7), [200] * 4),
     ],
-    ids=repr,
+    ids=range(9),
 )
 def test_which_requests_go_wrong(
     lab: Lab, client: Client, fault: Fault, expected: list[int]

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from ._log import RoutefixWarning
     from ._status import JobStatus, SeamStatus, Status, status
+    from ._warmup import RouteTimeoutError
 
 __all__ = [
     "JobStatus",
+    "RouteTimeoutError",
     "RoutefixWarning",
     "SeamStatus",
     "SettingError",
@@ -34,6 +36,7 @@ __all__ = [
 
 _LAZY = {
     "JobStatus": "_status",
+    "RouteTimeoutError": "_warmup",
     "RoutefixWarning": "_log",
     "SeamStatus": "_status",
     "Status": "_status",

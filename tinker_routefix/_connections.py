@@ -99,15 +99,16 @@ class Lending:
                 self.spoiled = False
                 return
             # Off the loop: a new client reads the certificates, 5 to 25 ms.
-            client = await asyncio.to_thread(make)
+            successor = Lending(await asyncio.to_thread(make), self.pool)
+            self.pool.swap(self.client, successor)
         except Exception as error:  # noqa: BLE001 - a connection is never worth a new error
+            # Go on with the old client: it may have a stale connection, but it works.
             self.spoiled = False
             _log.own_failure("opening a fresh connection", error, strict=_settings.current().strict)
             return
         finally:
             self._replacing = None
-        self.successor = Lending(client, self.pool)
-        self.pool.swap(self.client, self.successor)
+        self.successor = successor
         self._close_if_retired()
 
     def _close_if_retired(self) -> None:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
     from ._route import Route
 
-PACE = 0.5
-"""Seconds between two early releases of one request: at most two a second."""
+PACE = 1.0
+"""Seconds between two early releases of one request. Each is good for two replays, the
+second at once: where a load balancer takes turns, one probe and one replay would meet the
+same two replicas for ever. That makes at most two such replays a second."""
 
 JITTER = 0.1
 """Waits are shortened by up to this share, so that clients that were refused together do
@@ -52,6 +54,7 @@ class Waiting:
         self._probe = probe
         self._longest = longest
         self._released_at = float("-inf")
+        self._second_try = False
 
     @property
     def elapsed(self) -> float:
@@ -76,6 +79,9 @@ class Waiting:
 
     async def sleep(self, seconds: float) -> None:
         """Wait; the ``sleep`` of a tenacity policy."""
+        if self._second_try:
+            self._second_try = False
+            return
         early = await self.route.pause(
             seconds,
             since=self.refused_at,
@@ -84,6 +90,7 @@ class Waiting:
         )
         if early:
             self._released_at = time.monotonic()
+            self._second_try = True
         else:
             self.full_waits += 1
 

@@ -205,10 +205,20 @@ class _Guarded:
         return answer
 
     async def _replay(self, error: Exception, awaited: _Awaited | None) -> Any:
+        try:
+            replay = self._prepare(error, awaited)
+        except Exception as failure:  # noqa: BLE001 - then the caller gets tinker's own 404
+            _log.own_failure("preparing a replay", failure, strict=_settings.current().strict)
+            replay = None
+        if replay is None:
+            raise error
+        return await replay.run()
+
+    def _prepare(self, error: Exception, awaited: _Awaited | None) -> Replay:
         headers = _headers(error)
         self._keep_idempotency_key(headers)
         route = self.route
-        return await Replay(
+        return Replay(
             route,
             error,
             headers=headers,
@@ -216,7 +226,7 @@ class _Guarded:
             refused=lambda other: _is_refused(other, route.job),
             probe=light_prober(route, functools.partial(_open_prober, self.lending)),
             what=self._name(awaited),
-        ).run()
+        )
 
     async def _send_fresh(self) -> Any:
         target = await self.lending.fresh()

@@ -164,10 +164,12 @@ def _module_came(module: Any) -> None:
 
 def _patch_if_complete() -> None:
     global _missing
-    if _ledger or _missing or not all(seam.module in _loaded for seam in TINKER):
+    if _missing or not all(seam.module in _loaded for seam in TINKER):
         return
+    # What is in the ledger is wrapped already, or was left behind under another wrapper.
+    wrapped = {patch.seam for patch in _ledger}
     try:
-        patches = [_probe(seam) for seam in TINKER]
+        patches = [_probe(seam) for seam in TINKER if seam not in wrapped]
         for patch in patches:
             _ledger.append(patch)
             setattr(patch.owner, patch.name, patch.wrapper)
@@ -183,6 +185,8 @@ def _patch_if_complete() -> None:
             raise RuntimeError(message) from error
         # Where warnings are errors, the user's own import must still not fail.
         _warn(message)
+        return
+    if not patches:
         return
     _log.event(
         logging.DEBUG,

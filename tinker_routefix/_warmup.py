@@ -45,6 +45,14 @@ class Prober(Protocol):
         """Whether an error is an answer of the other side, and not the lack of one."""
 
 
+class RouteTimeoutError(TimeoutError):
+    """The route was still not there at the end of the warm-up's budget.
+
+    A class of its own because asyncio makes a new exception, without cause and notes, of
+    a plain :class:`TimeoutError` on its way from the loop's thread to the caller's.
+    """
+
+
 OpenProber = Callable[[], contextlib.AbstractAsyncContextManager[Prober]]
 
 
@@ -113,7 +121,7 @@ async def warm_up(route: Route, open_prober: OpenProber) -> None:
     the next call to meet it.
 
     Raises:
-        TimeoutError: The gateway still answered 404 at the end of the budget
+        RouteTimeoutError: The gateway still answered 404 at the end of the budget
             (``warmup_timeout``, 120 s); caused by the last 404.
         Exception: The gateway's 404 itself, where the control plane says that the job is
             over or gone.
@@ -127,16 +135,22 @@ async def warm_up(route: Route, open_prober: OpenProber) -> None:
         async with open_prober() as prober:
             warm = _WarmUp(route, prober, light_prober(route, open_prober))
             with route.incident():
-                await _run(route, warm, prober)
+                failure = await _run(route, warm, prober)
+    except Exception as error:  # noqa: BLE001 - a failure of ours is no reason not to connect
+        _log.own_failure("warming the route up", error, strict=settings.strict)
+        return
     finally:
         route.counters.warmup_seconds += time.monotonic() - began
+    if failure is not None:
+        raise failure
 
 
-async def _run(route: Route, warm: _WarmUp, prober: Prober) -> None:
+async def _run(route: Route, warm: _WarmUp, prober: Prober) -> Exception | None:
+    """Warm up; what comes back is to be raised."""
     job = str(route.job)
     try:
         await warm.run()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - told apart below
         if not prober.refused(error):
             _log.event(
                 logging.WARNING,
@@ -146,14 +160,8 @@ async def _run(route: Route, warm: _WarmUp, prober: Prober) -> None:
                 job=job,
                 error=type(error).__name__,
             )
-            return
-        route.given_up = True
-        if warm.over:
-            route.counters.failed_fast += 1
-            error.add_note(f"tinker_routefix: {warm.note()}")
-            raise
-        route.counters.given_up += 1
-        raise TimeoutError(f"tinker_routefix: {warm.note()}") from error
+            return None
+        return _failure(route, warm, error)
     waited = warm.rounds > 1
     if waited:
         route.counters.recovered += 1
@@ -167,6 +175,20 @@ async def _run(route: Route, warm: _WarmUp, prober: Prober) -> None:
         seconds=round(warm.elapsed, 3),
         rounds=warm.rounds,
     )
+    return None
+
+
+def _failure(route: Route, warm: _WarmUp, error: Exception) -> Exception:
+    route.given_up = True
+    note = f"tinker_routefix: {warm.note()}"
+    if warm.over:
+        route.counters.failed_fast += 1
+        error.add_note(note)
+        return error
+    route.counters.given_up += 1
+    timeout = RouteTimeoutError(note)
+    timeout.__cause__ = error
+    return timeout
 
 
 FIRST_SECOND = 1.0

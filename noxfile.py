@@ -1,0 +1,115 @@
+"""The test matrix: releases of tinker by releases of Python, and the checks around it.
+
+`nox` alone runs all of it; `nox -l` lists the parts. Options behind `--` go to pytest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_external_run = True
+# An interpreter that is missing is said so, not fetched.
+nox.options.download_python = "never"
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)
+NEWEST_PYTHON = PYTHONS[-2]
+"""For what needs to run once: the newest but one, which every tool supports."""
+
+TINKERS = (
+    "0.15.0",  # under fireworks-ai 1.0.0a40 to a62; every submission in turn
+    "0.16.1",  # under 1.0.1a63 to 1.2.0a7x
+    "0.22.2",  # under 1.2.0a75 to a85; client config, parallel parts, protobuf results
+    "0.22.7",  # under 1.2.0a89 and 1.2.0
+    "0.23.0",  # under 1.2.1 to 1.2.2x
+    "newest",
+)
+
+WITHOUT_TINKER = [
+    "tests/test_control_plane.py",
+    "tests/test_demo.py",
+    "tests/test_lab.py",
+    "tests/test_policy.py",
+    "tests/test_settings.py",
+    "tests/test_verdict.py",
+]
+"""Tests that say the same whatever tinker is installed: they run once for each Python."""
+
+WITH_TINKER = ["tests/test_seams.py", "tests/test_steps_aside.py", "tests/test_survives.py"]
+
+# The tests wait more than they work, so there are more of them at a time than cores.
+PYTEST = ("python", "-m", "pytest", "-n", "10", "--dist", "load", "--maxschedchunk", "1", "-q")
+
+
+def requirement(tinker: str) -> str:
+    return "tinker" if tinker == "newest" else f"tinker=={tinker}"
+
+
+def install(session: nox.Session, tinker: str) -> None:
+    session.install(".[lab]", requirement(tinker), *nox.project.dependency_groups(PROJECT, "test"))
+
+
+def pytest(session: nox.Session, files: list[str]) -> None:
+    """Run tests against the installed package: away from the sources."""
+    here = Path(session.create_tmp()) / "away"
+    shutil.rmtree(here, ignore_errors=True)
+    here.mkdir()
+    shutil.copytree("tests", here / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(name, here)
+    session.chdir(here)
+    session.run(*PYTEST, *(session.posargs or files))
+
+
+@nox.session(python=NEWEST_PYTHON, tags=["quick"])
+def lint(session: nox.Session) -> None:
+    """Style and format."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python=NEWEST_PYTHON, tags=["quick"])
+def types(session: nox.Session) -> None:
+    """Strict type checks of the package, its lab and its tests."""
+    session.install("-e", ".[lab,tinker]", *nox.project.dependency_groups(PROJECT, "dev"))
+    session.run("mypy")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """What does not depend on tinker's release, and the demo."""
+    install(session, "newest")
+    pytest(session, WITHOUT_TINKER)
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("tinker", TINKERS)
+def race(session: nox.Session, tinker: str) -> None:
+    """Every fault, first on plain tinker and then with the shim."""
+    install(session, tinker)
+    pytest(session, WITH_TINKER)
+
+
+@nox.session(python=PYTHONS[0])
+def floors(session: nox.Session) -> None:
+    """The lowest wrapt, tenacity and httpx that are allowed."""
+    if session.venv_backend != "uv":
+        session.skip("only uv can resolve to the lowest direct dependencies: pip install uv")
+    session.install("--resolution=lowest-direct", ".")
+    lowest = session.run("uv", "pip", "freeze", silent=True, external=True) or ""
+    pins = [
+        line
+        for line in lowest.splitlines()
+        if line.partition("==")[0] in ("wrapt", "tenacity", "httpx")
+    ]
+    session.log(f"the floors are {', '.join(pins)}")
+    groups = nox.project.dependency_groups(PROJECT, "test")
+    session.install(".[lab]", "tinker==0.15.0", *pins, *groups)
+    pytest(session, ["tests/test_policy.py", *WITH_TINKER])

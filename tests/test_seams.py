@@ -1,0 +1,372 @@
+"""Patching: all or nothing, in any import order, undone by identity."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tinker.lib.api_future_impl
+import tinker.lib.internal_client_holder
+import wrapt
+
+import tinker_routefix
+from tests.conftest import run_python
+from tinker_routefix import _seams
+from tinker_routefix._seams import TINKER, SeamState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tinker_routefix.lab import Lab
+
+
+OWNERS: dict[str, Any] = {
+    seam.attribute: wrapt.resolve_path(importlib.import_module(seam.module), seam.attribute)[0]
+    for seam in TINKER
+}
+
+
+def everything() -> dict[str, dict[str, Any]]:
+    """All that stands in every class that is touched, and in its bases."""
+    return {
+        f"{name} {base.__qualname__}": dict(vars(base))
+        for name, owner in OWNERS.items()
+        for base in owner.__mro__[:-1]
+    }
+
+
+def states() -> set[str]:
+    return {seam.state for seam in tinker_routefix.status().seams}
+
+
+@pytest.fixture(autouse=True)
+def _as_found() -> Iterator[None]:
+    """Whatever a test did to tinker's classes is gone afterwards."""
+    tinker_routefix.uninstall()
+    found = everything()
+    tinker_routefix.install()
+    yield
+    tinker_routefix.uninstall()
+    assert_same(everything(), found)
+    _seams._complained = False
+    _seams._missing = None
+
+
+def assert_same(now: dict[str, dict[str, Any]], then: dict[str, dict[str, Any]]) -> None:
+    assert now.keys() == then.keys()
+    for owner, attributes in then.items():
+        assert now[owner].keys() == attributes.keys(), owner
+        for name, value in attributes.items():
+            assert now[owner][name] is value, f"{owner}.{name}"
+
+
+def test_uninstall_restores_every_touched_class_exactly() -> None:
+    tinker_routefix.uninstall()
+    before = everything()
+    tinker_routefix.install()
+    with pytest.raises(AssertionError):
+        assert_same(everything(), before)
+    assert states() == {"ours"}
+    tinker_routefix.uninstall()
+    assert_same(everything(), before)
+    assert states() == {"original"}
+    assert not tinker_routefix.status().active
+
+
+def test_installing_twice_is_harmless() -> None:
+    tinker_routefix.install()
+    once = everything()
+    tinker_routefix.install()
+    assert_same(everything(), once)
+    for seam in TINKER:
+        standing: Any = wrapt.resolve_path(sys.modules[seam.module], seam.attribute)[2]
+        assert not isinstance(standing.__wrapped__, wrapt.FunctionWrapper)
+
+
+def test_what_is_asked_of_the_wrapped_functions_is_answered_as_before() -> None:
+    future = tinker.lib.api_future_impl._APIFuture
+    pool: Any = tinker.lib.internal_client_holder.ClientConnectionPool
+    assert inspect.iscoroutinefunction(future._result_async)
+    assert inspect.iscoroutinefunction(tinker._client.AsyncTinker.request)
+    assert not inspect.iscoroutinefunction(pool.aclient)
+    wrapped = inspect.signature(pool.aclient)
+    tinker_routefix.uninstall()
+    assert inspect.signature(pool.aclient) == wrapped
+    tinker_routefix.install()
+
+
+@pytest.mark.parametrize("broken", range(len(TINKER)))
+@pytest.mark.parametrize("how", ["absent", "kind", "parameters"])
+def test_no_half_patch(
+    monkeypatch: pytest.MonkeyPatch, settings: Any, broken: int, how: str
+) -> None:
+    """A release without one of the seams is left alone, with one warning that names it."""
+    seam = TINKER[broken]
+    if how == "parameters" and not seam.parameters:
+        # Only one seam relies on parameters: the others accept any.
+        return
+    tinker_routefix.uninstall()
+    owner = OWNERS[seam.attribute]
+    name = seam.attribute.rsplit(".", 1)[1]
+    with monkeypatch.context() as patch:
+        if how == "absent":
+            holder = next(base for base in owner.__mro__ if name in vars(base))
+            patch.delattr(holder, name)
+        elif how == "kind":
+            patch.setattr(owner, name, _plain if seam.coroutine else _coroutine, raising=False)
+        else:
+            patch.setattr(owner, name, _coroutine, raising=False)
+        before = everything()
+        with pytest.raises(RuntimeError, match=name):
+            tinker_routefix.install()
+        assert_same(everything(), before)
+        settings(strict=False)
+        _seams._missing = None
+        with pytest.warns(tinker_routefix.RoutefixWarning, match=name) as warned:
+            tinker_routefix.install()
+        assert len(warned) == 1
+        assert tinker.__version__ in str(warned[0].message)
+        assert_same(everything(), before)
+        status = tinker_routefix.status()
+        assert not status.active
+        assert name in status.reason
+        tinker_routefix.uninstall()
+
+
+def _plain() -> None:
+    """Not a coroutine function."""
+
+
+async def _coroutine() -> None:
+    """A coroutine function, without parameters."""
+
+
+def test_an_import_is_not_disturbed_even_where_warnings_are_errors(settings: Any) -> None:
+    tinker_routefix.uninstall()
+    settings(strict=False)
+    pool = OWNERS["ClientConnectionPool.aclient"]
+    aclient = pool.aclient
+    del pool.aclient
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tinker_routefix.install()
+        assert not tinker_routefix.status().active
+    finally:
+        pool.aclient = aclient
+
+
+def test_someone_on_top_of_us_stays_and_we_pass_through(lab: Lab) -> None:
+    from tests import programs
+
+    future = OWNERS["_APIFuture._result_async"]
+    calls = 0
+
+    @wrapt.decorator
+    async def theirs(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return await wrapped(*args, **kwargs)
+
+    ours = vars(future)["_result_async"]
+    on_top = theirs(ours)
+    future._result_async = on_top
+    try:
+        assert dict(_seams.states())[TINKER[2]] is SeamState.BURIED
+        tinker_routefix.uninstall()
+        assert vars(future)["_result_async"] is on_top, "theirs has to stay"
+        lab.flap(1.0)
+        with pytest.raises(tinker.NotFoundError):
+            programs.connect(lab.base_url)
+        lab.clear()
+        tinker_routefix.install()
+        assert tinker_routefix.status().active
+        lab.stale(1)
+        programs.train(programs.connect(lab.base_url))
+        assert calls >= 3
+        programs.exact(lab, gradients=1, optim_steps=1)
+    finally:
+        future._result_async = ours
+        tinker_routefix.install()
+
+
+def test_a_seam_that_someone_replaces_is_noticed_at_connect(lab: Lab, overheard: Any) -> None:
+    from tests import programs
+
+    future = OWNERS["_APIFuture._result_async"]
+    ours = vars(future)["_result_async"]
+
+    async def theirs(self: Any) -> Any:
+        return await ours.__wrapped__(self)
+
+    future._result_async = theirs
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", tinker_routefix.RoutefixWarning)
+            programs.connect(lab.base_url)
+            programs.connect(lab.base_url)
+        assert overheard.events.count("shim.cannot_help") == 1
+        assert "_result_async" in "".join(overheard.lines)
+        status = tinker_routefix.status()
+        assert "replaced" in {seam.state for seam in status.seams}
+        assert not status.active
+    finally:
+        future._result_async = ours
+
+
+def test_a_stack_that_stays_flat(lab: Lab) -> None:
+    """Five thousand requests through one client, and no chain that grows."""
+    from tests import programs
+
+    client = programs.connect(lab.base_url)
+    depths: list[int] = []
+
+    async def ask(http: Any) -> None:
+        request = type(http)._build_request
+
+        def deep(self: Any, *args: Any, **kwargs: Any) -> Any:
+            depths.append(len(inspect.stack(0)))
+            return request(self, *args, **kwargs)
+
+        type(http)._build_request = deep
+        try:
+            for _ in range(500):
+                await http.get("/api/v1/healthz", cast_to=object)
+        finally:
+            del type(http)._build_request
+
+    programs.on_loop(client, ask)
+    # Some steps are taken from a callback and some from the task's start: no two frames
+    # of ours more or less, but never one more a request.
+    assert max(depths) - min(depths) < 10
+
+
+# --- Import order, each in an interpreter of its own -------------------------------------
+
+PROGRAM = """
+import os, sys, warnings
+{imports}
+import tinker
+from tests import programs
+from tinker_routefix.lab import Fault, Lab
+with Lab() as lab:
+    # By count and not by time: a loaded machine may take its time to get here.
+    lab.fault(Fault(kinds=["create_session"], count=2))
+    {connect}
+    programs.train(client)
+    programs.exact(lab, gradients=1, optim_steps=1)
+    import tinker_routefix
+    (job,) = tinker_routefix.status().jobs
+    assert job.recovered >= 1, job
+    assert {{s.state for s in tinker_routefix.status().seams}} == {{"ours"}}
+sys.stdout.write("survived")
+sys.stdout.flush()
+os._exit(0)
+"""
+CONNECT = "client = programs.connect(lab.base_url)"
+CONNECT_BY_NAME = (
+    "client = programs.settled(ServiceClient(base_url=lab.base_url)"
+    '.create_lora_training_client(base_model="lab/base"))'
+)
+
+
+@pytest.mark.parametrize(
+    ("imports", "connect"),
+    [
+        ("import tinker_routefix, tinker", CONNECT),
+        ("import tinker, tinker_routefix", CONNECT),
+        ("from tinker import ServiceClient\nimport tinker_routefix", CONNECT_BY_NAME),
+        ("import tinker.lib.api_future_impl, tinker_routefix", CONNECT),
+        ("import tinker_routefix, tinker.lib.internal_client_holder", CONNECT),
+    ],
+    ids=["before", "after", "after-from-import", "after-a-submodule", "before-a-submodule"],
+)
+def test_import_order(imports: str, connect: str) -> None:
+    ended = run_python(PROGRAM.format(imports=imports, connect=connect))
+    assert (ended.stdout, ended.returncode) == ("survived", 0), ended.stderr
+
+
+@pytest.mark.parametrize("word", ["0", " OFF "])
+def test_off_is_off(word: str) -> None:
+    """Nothing patched, nothing heavy imported, and a 404 is final."""
+    ended = run_python(
+        """
+import sys
+before = set(sys.modules)
+import tinker_routefix
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert loaded <= {"tinker_routefix", "__future__"}, loaded
+import tinker, tinker.lib.api_future_impl, wrapt, importlib
+status = tinker_routefix.status()
+assert not status.active and "TINKER_ROUTEFIX" in status.reason, status
+assert {seam.state for seam in status.seams} == {"original"}, status
+from tests import programs
+from tinker_routefix.lab import Lab
+with Lab() as lab:
+    lab.stale(60)
+    try:
+        programs.connect(lab.base_url)
+    except tinker.NotFoundError:
+        sys.stdout.write("crashed")
+        sys.stdout.flush()
+import os
+os._exit(0)
+""",
+        TINKER_ROUTEFIX=word,
+    )
+    assert (ended.stdout, ended.returncode) == ("crashed", 0), ended.stderr
+
+
+def test_the_import_loads_neither_tinker_nor_what_is_only_needed_in_a_race() -> None:
+    ended = run_python(
+        "import sys, tinker_routefix\n"
+        "loaded = {'tinker', 'httpx', 'tenacity', 'pydantic'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_bad_settings_are_refused_at_import() -> None:
+    ended = run_python("import tinker_routefix", TINKER_ROUTEFIX_MAX_REPLAYS="many")
+    assert ended.returncode == 1
+    assert "TINKER_ROUTEFIX_MAX_REPLAYS='many'" in ended.stderr
+    ended = run_python("import tinker_routefix", TINKER_ROUTEFIX="maybe")
+    assert "TINKER_ROUTEFIX='maybe'" in ended.stderr
+    assert "yes" in ended.stderr
+
+
+def test_a_forked_child_starts_anew() -> None:
+    ended = run_python(
+        """
+import os, tinker_routefix, tinker
+from tests import programs
+from tinker_routefix import _route, _seams
+from tinker_routefix.lab import Lab
+with Lab() as lab:
+    programs.connect(lab.base_url)
+    assert tinker_routefix.status().jobs
+    with _seams._lock, _route._lock:
+        import threading
+        import warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if not child:
+            tinker_routefix.install()
+            os._exit(3 if not tinker_routefix.status().jobs else 4)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    )
+    assert ended.returncode == 3, ended.stderr
+
+
+def test_the_shim_leaves_asyncio_alone() -> None:
+    async def program() -> str:
+        await asyncio.sleep(0)
+        return asyncio.get_running_loop().__class__.__name__
+
+    assert "EventLoop" in asyncio.run(program())

@@ -1,0 +1,167 @@
+"""Settings: every value is checked by name, value and what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import tinker_routefix
+from tinker_routefix import SettingError, _settings
+from tinker_routefix._settings import Settings
+from tinker_routefix._switch import OFF_WORDS, ON_WORDS, parse_switch
+
+VARIABLES = {field.metadata["variable"]: field for field in dataclasses.fields(Settings)}
+
+
+@pytest.mark.parametrize("word", ON_WORDS + OFF_WORDS)
+def test_switch_words(word: str) -> None:
+    for text in (word, word.upper(), f" {word.title()} "):
+        assert parse_switch("X", text) is (word in ON_WORDS)
+
+
+@pytest.mark.parametrize("text", ["2", "maybe", "yess", "enable", "none", "-1"])
+def test_anything_else_is_refused_with_the_accepted_words(text: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        parse_switch("TINKER_ROUTEFIX", text)
+    message = str(caught.value)
+    assert "TINKER_ROUTEFIX" in message
+    assert repr(text) in message
+    assert all(word in message for word in ON_WORDS + OFF_WORDS)
+
+
+def test_defaults() -> None:
+    assert Settings.from_environment({}) == Settings(
+        enabled=True,
+        strict=False,
+        warmup_successes=3,
+        warmup_timeout=120,
+        warmup_max_delay=8,
+        max_replays=4,
+        base_delay=2,
+        max_delay=15,
+        retry_budget=30,
+        control_plane_url=None,
+        control_plane_timeout=5,
+        match="gateway",
+    )
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_empty_is_unset(variable: str) -> None:
+    assert Settings.from_environment({variable: "  "}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        ("TINKER_ROUTEFIX", "off", False),
+        ("TINKER_ROUTEFIX_STRICT", "Yes", True),
+        ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "0", 0),
+        ("TINKER_ROUTEFIX_WARMUP_TIMEOUT", "0.5", 0.5),
+        ("TINKER_ROUTEFIX_MAX_REPLAYS", " 7 ", 7),
+        ("TINKER_ROUTEFIX_RETRY_BUDGET", "1e2", 100.0),
+        ("TINKER_ROUTEFIX_MATCH", "ANY", "any"),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "https://api.example/", "https://api.example"),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://127.0.0.1:80/x", "http://127.0.0.1:80/x"),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://[::1]:80", "http://[::1]:80"),
+    ],
+)
+def test_good_values(variable: str, text: str, value: object) -> None:
+    read = Settings.from_environment({variable: text})
+    assert getattr(read, VARIABLES[variable].name) == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("TINKER_ROUTEFIX", "maybe"),
+        ("TINKER_ROUTEFIX_STRICT", "2"),
+        ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "-1"),
+        ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "3.5"),
+        ("TINKER_ROUTEFIX_WARMUP_TIMEOUT", "0"),
+        ("TINKER_ROUTEFIX_WARMUP_TIMEOUT", "inf"),
+        ("TINKER_ROUTEFIX_WARMUP_MAX_DELAY", "nan"),
+        ("TINKER_ROUTEFIX_MAX_REPLAYS", "many"),
+        ("TINKER_ROUTEFIX_BASE_DELAY", "-2"),
+        ("TINKER_ROUTEFIX_MAX_DELAY", "15s"),
+        ("TINKER_ROUTEFIX_RETRY_BUDGET", "half a minute"),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_TIMEOUT", "0"),
+        ("TINKER_ROUTEFIX_MATCH", "pod"),
+    ],
+)
+def test_bad_values_are_refused_by_name_and_value(variable: str, text: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        Settings.from_environment({variable: text})
+    assert f"{variable}={text!r}" in str(caught.value)
+    assert caught.value.expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "api.example",
+        "http://api.example",
+        "ftp://api.example",
+        "https://",
+        "https://user:secret-key@api.example",
+        "https://api.example?key=secret-key",
+        "https://api.example#secret-key",
+        "https://api.example:port",
+        "https://[::1",
+    ],
+)
+def test_a_bad_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(SettingError, match="https URL") as caught:
+        Settings.from_environment({"TINKER_ROUTEFIX_CONTROL_PLANE_URL": url})
+    assert "secret-key" not in str(caught.value)
+
+
+def test_a_misspelt_name_is_said() -> None:
+    with pytest.warns(tinker_routefix.RoutefixWarning, match="TINKER_ROUTEFIX_MAX_REPLAY "):
+        Settings.from_environment({"TINKER_ROUTEFIX_MAX_REPLAY": "3"})
+
+
+def test_configure_overrides() -> None:
+    tinker_routefix.configure(retry_budget=60, control_plane_url=None, strict="no")
+    assert _settings.current().retry_budget == 60
+    assert _settings.current().strict is False
+
+
+@pytest.mark.parametrize("bad", [{"retry_budget": True}, {"max_replays": 2.5}, {"strict": 3}])
+def test_configure_checks_values(bad: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match=next(iter(bad))):
+        tinker_routefix.configure(**bad)
+
+
+@pytest.mark.parametrize("name", ["retries", "enabled"])
+def test_configure_checks_names(name: str) -> None:
+    with pytest.raises(TypeError, match="retry_budget"):
+        tinker_routefix.configure(**{name: 1})
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        _settings.current().strict = True  # type: ignore[misc]
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    from pathlib import Path
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = {
+        cells[1].strip().strip("`"): cells[2].strip().strip("`")
+        for line in readme.splitlines()
+        if line.startswith("| `TINKER_ROUTEFIX")
+        for cells in [line.split("|")]
+    }
+    assert rows.keys() == VARIABLES.keys()
+    for variable, field in VARIABLES.items():
+        default: Any = field.default
+        shown: Any
+        if isinstance(default, bool):
+            shown = "on" if default else "off"
+        else:
+            shown = "" if default is None else f"{default:g}" if field.type == "float" else default
+        assert rows[variable] == str(shown), variable

@@ -1,0 +1,336 @@
+"""Where the shim has no business: every other answer, URL and caller is plain tinker's."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import tinker
+
+import tinker_routefix
+from tests import programs
+from tests.programs import connect, exact, forward_backward, train
+from tinker_routefix.lab import GATEWAY_404, Answer, Fault, Lab
+
+MakeLab = Callable[..., Lab]
+Plain = Callable[[], AbstractContextManager[None]]
+
+
+def outcome(run: Callable[[], object]) -> tuple[str, str]:
+    """How a program ended: the type of its error and of the last cause."""
+    try:
+        run()
+    except Exception as error:
+        *_, last = programs.chain(error)
+        return type(error).__name__, type(last).__name__
+    return "ok", "ok"
+
+
+# --- Jobs that do not run ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "mode", "said"),
+    [
+        ("JOB_STATE_DELETED", "ok", "JOB_STATE_DELETED"),
+        ("JOB_STATE_FAILED", "ok", "JOB_STATE_FAILED"),
+        ("JOB_STATE_RUNNING", "missing", "no such job"),
+        ("JOB_STATE_RUNNING", "forbidden", "not visible"),
+        ("JOB_STATE_RE_QUEUEING", "ok", "JOB_STATE_RE_QUEUEING"),
+    ],
+)
+@pytest.mark.parametrize("where", ["submission", "poll"])
+def test_a_job_that_does_not_run_fails_at_once(
+    make_lab: MakeLab, plain: Plain, state: str, mode: Any, said: str, where: str
+) -> None:
+    def run(lab: Lab) -> tuple[BaseException, float]:
+        client = connect(lab.base_url)
+        lab.work_seconds = 60
+        if where == "submission":
+            lab.end_job(state=state, mode=mode)
+        future = forward_backward(client)
+        if where == "poll":
+            # Accepted, and the job ends while it is worked on.
+            while not lab.count("poll:forward_backward"):
+                time.sleep(0.01)
+            lab.end_job(state=state, mode=mode)
+        kind = "forward_backward" if where == "submission" else "poll:forward_backward"
+        while not lab.count(kind, refused=True):
+            time.sleep(0.01)
+        began = time.monotonic()
+        with pytest.raises(Exception) as caught:
+            future.result(programs.PATIENCE)
+        return caught.value, time.monotonic() - began
+
+    with plain():
+        expected, _ = run(make_lab(poll_seconds=0.3))
+    lab = make_lab(poll_seconds=0.3)
+    error, seconds = run(lab)
+    assert type(error) is type(expected)
+    assert seconds < 2, "tinker's telemetry must not hold it"
+    programs.gateway_404(error)
+    assert said in programs.notes(error)
+    assert "0 replays" in programs.notes(error)
+    assert programs.job_of(lab).failed_fast >= 1
+    assert programs.job_of(lab).replays == 0
+
+
+@pytest.mark.long
+def test_the_telemetry_of_a_job_that_is_gone_holds_nobody(make_lab: MakeLab, plain: Any) -> None:
+    """Before 0.38 a fatal error waits 30 s for telemetry that is refused like all else."""
+
+    def run(lab: Lab) -> float:
+        client = connect(lab.base_url)
+        lab.end_job()
+        began = time.monotonic()
+        with pytest.raises(tinker.NotFoundError):
+            forward_backward(client).result(programs.PATIENCE)
+        return time.monotonic() - began
+
+    from tinker.lib.telemetry import Telemetry
+
+    drains = hasattr(Telemetry, "_send_batch_with_retry")
+    with plain(telemetry=True):
+        assert (run(make_lab()) > 20) is drains
+    lab = make_lab()
+    assert run(lab) < 2
+    assert programs.job_of(lab).telemetry_dropped >= (1 if drains else 0)
+
+
+@pytest.mark.parametrize("mode", ["drop", "hang", "rubbish", "error", "slow_drip", "redirect"])
+def test_a_control_plane_that_cannot_tell(make_lab: MakeLab, plain: Plain, mode: Any) -> None:
+    def run(lab: Lab) -> BaseException:
+        client = connect(lab.base_url)
+        lab.stale(float("inf"))
+        lab.control_plane.mode = mode
+        with pytest.raises(Exception) as caught:
+            forward_backward(client).result(programs.PATIENCE)
+        return caught.value
+
+    with plain():
+        expected = run(make_lab())
+    with programs.took(0, 10):
+        error = run(make_lab())
+    assert type(error) is type(expected) is tinker.NotFoundError
+    assert "0 replays" in programs.notes(error)
+
+
+@pytest.mark.long
+def test_404_for_good_though_the_job_runs(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.stale(float("inf"))
+    with programs.took(20, 45), pytest.raises(tinker.NotFoundError) as caught:
+        forward_backward(client).result(programs.PATIENCE)
+    assert "JOB_STATE_RUNNING; 4 replays" in programs.notes(caught.value)
+    exact(lab, gradients=0, optim_steps=0)
+    assert programs.job_of(lab).given_up == 1
+
+
+def test_a_poll_gives_up_with_tinkers_own_error(
+    make_lab: MakeLab, plain: Plain, settings: Callable[..., None]
+) -> None:
+    def run(lab: Lab) -> BaseException:
+        client = connect(lab.base_url)
+        lab.fault(Fault(kinds=["poll:forward_backward"]))
+        with pytest.raises(Exception) as caught:
+            forward_backward(client).result(programs.PATIENCE)
+        return caught.value
+
+    with plain():
+        expected = run(make_lab())
+    settings(retry_budget=2)
+    lab = make_lab()
+    error = run(lab)
+    assert type(error) is type(expected) is ValueError
+    assert "JOB_STATE_RUNNING" in programs.notes(error)
+    assert lab.ledger.gradients == 1
+
+
+# --- The pod's own 404s ------------------------------------------------------------------
+
+
+def test_a_missing_checkpoint_is_the_pods_answer(make_lab: MakeLab, plain: Plain) -> None:
+    def run(lab: Lab) -> tuple[str, str]:
+        client = connect(lab.base_url)
+        return outcome(lambda: programs.load(client, "tinker://nowhere/weights/nothing"))
+
+    with plain():
+        expected = run(make_lab())
+    lab = make_lab()
+    with programs.took(0, 10):
+        assert run(lab) == expected
+    assert expected[1] == "NotFoundError"
+    assert lab.control_plane.questions == 0
+    assert lab.count("load") == 1
+
+
+def test_an_unknown_future_is_the_pods_answer(make_lab: MakeLab, plain: Plain) -> None:
+    def run(lab: Lab) -> tuple[str, str]:
+        client = connect(lab.base_url)
+        lost = Answer(404, {"detail": "Future not found"})
+        lab.fault(Fault(kinds=["poll:optim_step"], at="pod", answer=lost))
+        return outcome(lambda: programs.optim_step(client).result(programs.PATIENCE))
+
+    with plain():
+        expected = run(make_lab())
+    lab = make_lab()
+    with programs.took(0, 10):
+        assert run(lab) == expected == ("ValueError", "NotFoundError")
+    assert lab.control_plane.questions == 0
+    assert lab.count("poll:optim_step") == 1
+
+
+@pytest.mark.parametrize("missing", ["config", "dynamic_config"])
+def test_a_missing_config_endpoint_is_the_pods_answer(
+    make_lab: MakeLab, plain: Plain, missing: str
+) -> None:
+    def run(lab: Lab) -> tuple[str, str]:
+        return outcome(lambda: train(connect(lab.base_url)))
+
+    with plain():
+        expected = run(make_lab(without=(missing,)))
+    lab = make_lab(without=(missing,))
+    with programs.took(0, 10):
+        assert run(lab) == expected
+    assert lab.control_plane.questions == 0
+
+
+def test_every_404_is_asked_about_where_the_settings_say_so(
+    make_lab: MakeLab, settings: Callable[..., None]
+) -> None:
+    settings(match="any", retry_budget=2)
+    lab = make_lab()
+    client = connect(lab.base_url)
+    with pytest.raises(tinker.NotFoundError, match="Checkpoint") as caught:
+        programs.load(client, "tinker://nowhere/weights/nothing")
+    assert "JOB_STATE_RUNNING" in programs.notes(caught.value)
+    assert lab.control_plane.questions >= 1
+
+
+# --- Everything else ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 409, 422, 429, 500, 503])
+@pytest.mark.parametrize("kind", ["optim_step", "poll:optim_step"])
+def test_other_errors_are_tinkers(make_lab: MakeLab, plain: Plain, status: int, kind: str) -> None:
+    def run(lab: Lab) -> tuple[tuple[str, str], int, int]:
+        client = connect(lab.base_url)
+        answer = Answer(status, {"detail": "the lab says no"})
+        lab.fault(Fault(kinds=[kind], count=1, answer=answer))
+        how = outcome(lambda: programs.optim_step(client).result(programs.PATIENCE))
+        return how, lab.count(kind), lab.ledger.optim_steps
+
+    with plain():
+        expected = run(make_lab())
+    lab = make_lab()
+    assert run(lab) == expected
+    assert lab.control_plane.questions == 0
+
+
+def test_another_base_url_is_not_touched(make_lab: MakeLab, plain: Plain) -> None:
+    """Not one request more, and the gateway's own 404 is as final as in plain tinker."""
+
+    def run(lab: Lab) -> tuple[tuple[str, str], list[str]]:
+        client = connect(lab.direct_url)
+        train(client, 2)
+        lab.fault(Fault(kinds=["forward_backward"], at="pod", answer=GATEWAY_404))
+        how = outcome(lambda: train(client))
+        quiet = ("telemetry", "heartbeat")
+        return how, [e.kind for e in lab.exchanges if e.kind not in quiet]
+
+    with plain():
+        expected = run(make_lab())
+    lab = make_lab()
+    assert run(lab) == expected
+    assert expected[0] == ("NotFoundError", "NotFoundError")
+    assert not [j for j in tinker_routefix.status().jobs if j.gateway == lab.origin]
+
+
+@pytest.mark.parametrize("kind", ["heartbeat", "telemetry"])
+def test_background_calls_are_left_alone(make_lab: MakeLab, kind: str) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=[kind]))
+
+    async def beat(http: Any) -> None:
+        if kind == "heartbeat":
+            session_id = client.holder.get_session_id()
+            await http.service.session_heartbeat(session_id=session_id, max_retries=0)
+        else:
+            await http.post("/api/v1/telemetry", cast_to=object, body={}, options={})
+
+    with programs.took(0, 5), pytest.raises(tinker.NotFoundError):
+        programs.on_loop(client, beat, "SESSION")
+    assert lab.control_plane.questions == 0
+    assert lab.count("get_info") <= 4
+
+
+ELSEWHERE = "/training/v1/rlorTrainerJobs/lab/job-9/api/v1/optim_step"
+"""Another job's route, which the lab's gateway does not know."""
+
+
+def test_a_redirect_elsewhere_is_not_ours(make_lab: MakeLab) -> None:
+    """A download that a redirect took to a store: its 404 says nothing of the route."""
+    # The other transport follows redirects by itself and does not tell.
+    lab = make_lab(config={"use_pyqwest_transport": False})
+    client = connect(lab.base_url)
+    away = Answer(307, b"", headers={"location": f"{lab.origin}{ELSEWHERE}"})
+    lab.fault(Fault(kinds=["optim_step"], at="pod", answer=away))
+    with programs.took(0, 10), pytest.raises(tinker.NotFoundError):
+        programs.optim_step(client).result(programs.PATIENCE)
+    assert lab.control_plane.questions == 0
+
+
+# --- Callers that do not want to wait ----------------------------------------------------
+
+
+def test_a_timeout_of_the_callers_ends_the_wait(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["poll:forward_backward"], seconds=6))
+    future = forward_backward(client)
+    with programs.took(0.5, 5), pytest.raises((TimeoutError, concurrent.futures.TimeoutError)):
+        future.result(1)
+    assert future.result(programs.PATIENCE) is not None
+    exact(lab, gradients=1, optim_steps=0)
+
+
+@pytest.mark.parametrize("kind", ["poll:forward_backward", "forward_backward"])
+def test_cancelling_ends_the_wait(make_lab: MakeLab, kind: str) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=[kind], seconds=4))
+
+    async def program() -> None:
+        future = forward_backward(client)
+        waiter = asyncio.ensure_future(future.result_async())
+        await asyncio.sleep(1)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+
+    with programs.took(0.9, 4):
+        asyncio.run(program())
+    time.sleep(1)
+    refused = lab.count(kind, refused=True)
+    time.sleep(1.5)
+    assert lab.count(kind, refused=True) == refused, "a cancelled request goes on being sent"
+
+
+def test_cancelling_while_the_control_plane_is_asked(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.control_plane.mode = "hang"
+    lab.stale(float("inf"))
+
+    async def program() -> None:
+        await asyncio.wait_for(forward_backward(client).result_async(), 1)
+
+    with programs.took(0.9, 4), pytest.raises(TimeoutError):
+        asyncio.run(program())

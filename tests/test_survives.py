@@ -1,0 +1,373 @@
+"""Each fault first breaks plain tinker; then the same program survives it with the shim.
+
+The judge is the lab's ledger: what the trainer carried out, against what was asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tinker
+
+from tests import programs
+from tests.programs import connect, exact, forward_backward, optim_step, train, train_pipelined
+from tinker_routefix import _sdk
+from tinker_routefix.lab import Fault, Lab
+
+if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
+
+MakeLab = Callable[..., Lab]
+Plain = Callable[[], AbstractContextManager[None]]
+
+
+def crashes(lab: Lab, run: Callable[[Lab], object]) -> BaseException:
+    """Plain tinker ends with the gateway's 404."""
+    with pytest.raises(Exception) as crash:
+        run(lab)
+    programs.gateway_404(crash.value)
+    return crash.value
+
+
+# --- Connecting --------------------------------------------------------------------------
+
+
+def test_cold_race(make_lab: MakeLab, plain: Plain) -> None:
+    def run(lab: Lab) -> None:
+        lab.stale(6)
+        train(connect(lab.base_url), 3)
+
+    with plain():
+        crashes(make_lab(), run)
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=3, optim_steps=3)
+    assert programs.job_of(lab).recovered >= 1
+    assert programs.job_of(lab).route == "warm"
+
+
+def test_replicas_heal_one_after_the_other(make_lab: MakeLab, plain: Plain) -> None:
+    def run(lab: Lab) -> None:
+        for replica, seconds in enumerate((2, 5, 9)):
+            lab.stale(seconds, replica)
+        train(connect(lab.base_url), 5)
+
+    with plain():
+        crashes(make_lab(replicas=3), run)
+    lab = make_lab(replicas=3)
+    run(lab)
+    exact(lab, gradients=5, optim_steps=5)
+
+
+def test_404s_between_connect_and_the_first_step(make_lab: MakeLab, plain: Plain) -> None:
+    """The model is made, then the route is gone: nothing that tinker sends would notice."""
+
+    def run(lab: Lab) -> None:
+        lab.fault(
+            Fault(
+                excluding=(
+                    "config",
+                    "dynamic_config",
+                    "create_session",
+                    "create_model",
+                    "poll",
+                    "healthz",
+                ),
+                seconds=4,
+            )
+        )
+        train(connect(lab.base_url), 2)
+
+    with plain():
+        crashes(make_lab(), run)
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=2, optim_steps=2)
+    first_work = next(e for e in lab.exchanges if e.kind == "forward_backward")
+    assert not first_work.refused, "the warm-up has to hold the program back"
+
+
+def test_a_warm_up_takes_three_answers_over_three_connections(make_lab: MakeLab) -> None:
+    lab = make_lab(replicas=3)
+    connect(lab.base_url)
+    probes = [e for e in lab.exchanges if e.kind == "get_info"][:3]
+    assert len({e.connection for e in probes}) == 3
+    assert {e.replica for e in probes} == {0, 1, 2}
+    assert lab.control_plane.questions == 0
+
+
+@pytest.mark.parametrize("mode", ["hang", "drop", "rubbish", "error", "unauthorized", "redirect"])
+def test_connecting_waits_though_the_control_plane_cannot_tell(
+    make_lab: MakeLab, settings: Callable[..., None], mode: Any
+) -> None:
+    settings(control_plane_timeout=1)
+    lab = make_lab()
+    lab.control_plane.mode = mode
+    lab.stale(3)
+    train(connect(lab.base_url))
+    exact(lab, gradients=1, optim_steps=1)
+
+
+def test_connecting_waits_for_a_job_on_its_way(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    lab.control_plane.state = "JOB_STATE_CREATING"
+    lab.stale(3)
+    train(connect(lab.base_url))
+    exact(lab, gradients=1, optim_steps=1)
+
+
+def test_connecting_to_a_gone_job_fails_at_once(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    lab.end_job(mode="missing")
+    with programs.took(0, 10), pytest.raises(tinker.NotFoundError) as caught:
+        connect(lab.base_url)
+    assert "there is no such job" in programs.notes(caught.value)
+
+
+def test_connecting_gives_up_when_its_budget_is_spent(
+    make_lab: MakeLab, settings: Callable[..., None]
+) -> None:
+    settings(warmup_timeout=3)
+    lab = make_lab()
+    lab.stale(float("inf"))
+    with programs.took(2, 15), pytest.raises(tinker.NotFoundError) as caught:
+        connect(lab.base_url)
+    assert "JOB_STATE_RUNNING" in programs.notes(caught.value)
+    assert programs.job_of(lab).given_up >= 1
+
+
+def test_the_warm_up_gives_up_with_a_timeout(
+    make_lab: MakeLab, settings: Callable[..., None]
+) -> None:
+    settings(warmup_timeout=3)
+    lab = make_lab()
+    lab.fault(Fault(kinds=["get_info"]))
+    with programs.took(2, 15), pytest.raises(TimeoutError, match="JOB_STATE_RUNNING") as caught:
+        connect(lab.base_url)
+    assert isinstance(programs.gateway_404(caught.value), tinker.NotFoundError)
+
+
+def test_another_error_ends_the_warm_up_quietly(make_lab: MakeLab, overheard: Any) -> None:
+    from tinker_routefix.lab import Answer
+
+    lab = make_lab()
+    # Three probes get it; the get_info that 0.38 sends afterwards is answered.
+    lab.fault(Fault(kinds=["get_info"], at="pod", count=3, answer=Answer(500, {"detail": "no"})))
+    train(connect(lab.base_url))
+    exact(lab, gradients=1, optim_steps=1)
+    assert "warmup.ended" in overheard.events
+
+
+# --- In the middle of a run --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subject", ["forward_backward", "optim_step"])
+def test_polls_refused(make_lab: MakeLab, plain: Plain, subject: str) -> None:
+    """The very crash: an accepted operation, and a 404 where its result is asked for."""
+
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        train(client)
+        lab.fault(Fault(kinds=[f"poll:{subject}"], seconds=4))
+        train(client, 2)
+
+    with plain():
+        error = crashes(make_lab(), run)
+        assert isinstance(error, ValueError)
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=3, optim_steps=3)
+    assert programs.job_of(lab).recovered >= 1
+
+
+@pytest.mark.parametrize("way", [train, train_pipelined], ids=["sequential", "pipelined"])
+@pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])
+def test_submissions_refused(make_lab: MakeLab, plain: Plain, kind: str, way: Any) -> None:
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        train(client)
+        lab.fault(Fault(kinds=[kind], seconds=3))
+        way(client, 3)
+
+    with plain():
+        error = crashes(make_lab(), run)
+        assert isinstance(error, tinker.NotFoundError)
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=4, optim_steps=4)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["first", "middle", "last"])
+def test_one_part_of_a_batch_refused(make_lab: MakeLab, plain: Plain, part: int) -> None:
+    """A batch of several submissions, one of which is refused twice."""
+
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        lab.fault(Fault(kinds=["forward_backward"], skip=part, count=2))
+        forward_backward(client, programs.many_parts()).result(programs.PATIENCE)
+        optim_step(client).result(programs.PATIENCE)
+
+    with plain():
+        crashes(make_lab(), run)
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=3, optim_steps=1)
+
+
+def test_saves_loads_and_sampling(make_lab: MakeLab, plain: Plain) -> None:
+    kinds = ["save", "load", "save_sampler", "sampling_session", "sample"]
+
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        for kind in [*kinds, *(f"poll:{kind}" for kind in kinds), "polls"]:
+            lab.fault(Fault(kinds=[kind], count=2))
+        path = programs.save(client, "checkpoint").path
+        programs.load(client, path)
+        programs.sample(programs.sampler(client))
+
+    with plain():
+        crashes(make_lab(), run)
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=0, optim_steps=0)
+    for kind in ("save", "load", "save_sampler", "sample"):
+        assert lab.ledger.count(kind) == 1, lab.ledger.summary()
+
+
+def test_flapping(make_lab: MakeLab, plain: Plain) -> None:
+    """One request in five is refused, at random, for a whole run."""
+
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        lab.flap(0.2)
+        train(client, 20)
+
+    with plain():
+        crashes(make_lab(seed=1), run)
+    lab = make_lab(seed=1)
+    run(lab)
+    exact(lab, gradients=20, optim_steps=20)
+    assert lab.count(refused=True) >= 5
+
+
+@pytest.mark.long
+def test_a_hundred_futures_in_flight(
+    make_lab: MakeLab, plain: Plain, mocker: MockerFixture
+) -> None:
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        futures = [forward_backward(client, [programs.datum()]) for _ in range(100)]
+        while lab.ledger.gradients < 100:
+            time.sleep(0.05)
+        lab.stale(3)
+        for future in futures:
+            future.result(programs.PATIENCE)
+
+    # The results are ready long after the last submission: all hundred are polled for.
+    with plain():
+        crashes(make_lab(work_seconds=0.1), run)
+    lab = make_lab(work_seconds=0.1)
+    replacements = mocker.spy(_sdk._Pool, "swap")
+    run(lab)
+    exact(lab, gradients=100, optim_steps=0)
+    assert lab.count("poll:forward_backward", refused=True) >= 100
+    # One question serves them all, and so does a new client: tinker's take 50 requests each.
+    assert lab.control_plane.questions <= 12
+    assert 2 <= replacements.call_count <= 20
+
+
+@pytest.mark.long
+def test_half_of_the_replicas_stale_for_long(make_lab: MakeLab, plain: Plain) -> None:
+    """An early release that meets the 404 again costs none of the four replays."""
+
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        lab.stale(20, replica=0)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            # Nothing is in flight: every step begins on new connections.
+            lab.drop_connections()
+            train_pipelined(client, 2)
+
+    with plain():
+        crashes(make_lab(replicas=2), run)
+    lab = make_lab(replicas=2)
+    run(lab)
+    steps = lab.ledger.optim_steps
+    assert steps >= 10
+    exact(lab, gradients=steps, optim_steps=steps)
+    assert programs.job_of(lab).given_up == 0
+    assert lab.count(refused=True) >= 10
+
+
+# --- How a replay is made ----------------------------------------------------------------
+
+
+def test_a_replay_is_the_same_request_over_a_fresh_connection(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["forward_backward"], count=3))
+    train(client)
+    sent = [e for e in lab.exchanges if e.kind == "forward_backward"]
+    assert [e.refused for e in sent] == [True, True, True, False]
+    assert len({e.body for e in sent}) == 1
+    assert len({e.headers["x-idempotency-key"] for e in sent}) == 1
+    assert len({e.connection for e in sent}) == 4
+    exact(lab, gradients=1, optim_steps=1)
+
+
+def test_every_replay_follows_a_question(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["optim_step"], seconds=5))
+    train(client)
+    events = [(e.kind, e.at) for e in lab.exchanges if e.kind in ("optim_step", "control_plane")]
+    replays = [at for kind, at in events if kind == "optim_step"][1:]
+    questions = [at for kind, at in events if kind == "control_plane"]
+    assert replays
+    for replay in replays:
+        # The answer stays good for a second; the rest is the machine's.
+        assert any(0 <= replay - question < 2.5 for question in questions), events
+
+
+def test_a_refused_request_paces_itself(make_lab: MakeLab) -> None:
+    """The prober's path answers all the time, the request's does not: two a second at most."""
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["optim_step"], seconds=5))
+    train(client)
+    assert 3 <= lab.count("optim_step", refused=True) <= 13
+    exact(lab, gradients=1, optim_steps=1)
+
+
+def test_a_job_is_not_held_up_by_another(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    first, second = connect(lab.base_url), connect(lab.job_url("job-2"))
+    lab.fault(Fault(job="job-1", seconds=8))
+    waiting = forward_backward(first)
+    with programs.took(0, 5):
+        train(second, 3)
+    waiting.result(programs.PATIENCE)
+    assert lab.ledger_of("job-2").gradients == 3
+    exact(lab, gradients=1, optim_steps=0)
+
+
+def test_nothing_is_left_behind(make_lab: MakeLab) -> None:
+    """No waiter, task or open incident after the route has healed."""
+    from tinker_routefix import _route
+
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.stale(2)
+    train_pipelined(client, 3)
+    (route,) = (r for r in _route.all_routes() if r.job.gateway == lab.origin)
+    time.sleep(0.5)
+    assert route.sleepers == 0
+    assert not route.watched
+    probes = lab.count("get_info")
+    time.sleep(1.5)
+    assert lab.count("get_info") == probes
