@@ -22,6 +22,8 @@ from tinker_routefix import _seams, _settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tinker_routefix.lab import Lab
+
 pytest_plugins = ["tinker_routefix.lab.pytest_plugin"]
 
 
@@ -50,6 +52,22 @@ def _defaults() -> Iterator[None]:
     yield
     _settings.put(settings)
     _seams.install()
+
+
+@pytest.fixture
+def make_lab(
+    request: pytest.FixtureRequest, make_lab: Callable[..., Lab]
+) -> Iterator[Callable[..., Lab]]:
+    """As the lab's own fixture; and whatever a test does, nothing is carried out twice."""
+    labs: list[Lab] = []
+
+    def make(*args: Any, **kwargs: Any) -> Lab:
+        labs.append(make_lab(*args, **kwargs))
+        return labs[-1]
+
+    yield make
+    for lab in [] if request.node.get_closest_marker("trains_twice") else labs:
+        assert not lab.ledger.duplicates(), lab.ledger.summary()
 
 
 @pytest.fixture

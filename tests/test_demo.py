@@ -64,7 +64,13 @@ def test_what_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ctrl_c_ends_it_without_a_traceback() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     with subprocess.Popen(
-        DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        DEMO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell's background job, as CI may be, inherits that the signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as demo:
         assert demo.stdout is not None
         while "started" not in demo.stdout.readline():

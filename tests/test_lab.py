@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     MakeLab = Callable[..., Lab]
 
+pytestmark = pytest.mark.trains_twice
+
 
 class Client:
     """A trainer's client in the smallest sense: it sends, and never retries."""

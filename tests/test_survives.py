@@ -218,7 +218,10 @@ def test_one_part_of_a_batch_refused(make_lab: MakeLab, plain: Plain, part: int)
     exact(lab, gradients=3, optim_steps=1)
 
 
-def test_saves_loads_and_sampling(make_lab: MakeLab, plain: Plain) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "retrieve-futures"])
+def test_saves_loads_and_sampling(make_lab: MakeLab, plain: Plain, together: bool) -> None:
+    """Also where samples are polled for together (0.26.2 and later): a 404 there is for good."""
+    config = {"sample_use_retrieve_futures": together}
     kinds = ["save", "load", "save_sampler", "sampling_session", "sample"]
 
     def run(lab: Lab) -> None:
@@ -230,12 +233,28 @@ def test_saves_loads_and_sampling(make_lab: MakeLab, plain: Plain) -> None:
         programs.sample(programs.sampler(client))
 
     with plain():
-        crashes(make_lab(), run)
-    lab = make_lab()
+        crashes(make_lab(config=config), run)
+    lab = make_lab(config=config)
     run(lab)
     exact(lab, gradients=0, optim_steps=0)
     for kind in ("save", "load", "save_sampler", "sample"):
         assert lab.ledger.count(kind) == 1, lab.ledger.summary()
+
+
+def test_samples_that_are_polled_for_together(make_lab: MakeLab, plain: Plain) -> None:
+    def run(lab: Lab) -> None:
+        sampler = programs.sampler(connect(lab.base_url))
+        # Older releases never ask for `polls`: for them it is the sample's own poll.
+        lab.fault(Fault(kinds=["polls", "poll:sample"], seconds=2))
+        programs.sample(sampler)
+
+    config = {"sample_use_retrieve_futures": True}
+    with plain(), pytest.raises(Exception, match="404"):
+        run(make_lab(config=config))
+    lab = make_lab(config=config)
+    run(lab)
+    assert lab.ledger.count("sample") == 1, lab.ledger.summary()
+    assert programs.job_of(lab).recovered >= 1
 
 
 def test_flapping(make_lab: MakeLab, plain: Plain) -> None:

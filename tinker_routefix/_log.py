@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from typing import Any
 
 logger = logging.getLogger("tinker_routefix")
@@ -55,6 +56,9 @@ def event(
     logger.log(level, "%s: %s", name, text, extra={"routefix_event": name, **extra})
 
 
+_own_failures = RateLimit(seconds=60.0)
+
+
 def own_failure(doing: str, error: BaseException, *, strict: bool) -> None:
     """Report a failure of the shim itself; the caller then steps aside.
 
@@ -63,11 +67,12 @@ def own_failure(doing: str, error: BaseException, *, strict: bool) -> None:
     """
     if strict:
         raise error
-    # The error's text could hold a URL or a header, its type cannot.
+    # The error's text could hold a URL or a header; its type and its place cannot.
     event(
         logging.WARNING,
         "shim.failed",
         f"{doing} failed with {type(error).__name__}; tinker goes on without the shim's help",
+        limit=_own_failures,
         error=type(error).__name__,
     )
-    logger.debug("shim.failed", exc_info=error)
+    logger.debug("shim.failed: %s", "".join(traceback.format_tb(error.__traceback__)))

@@ -172,7 +172,8 @@ class _Guarded:
 
     async def send(self) -> Any:
         route = self.route
-        awaited = _awaited.get(cast("asyncio.Task[Any]", asyncio.current_task()))
+        task = asyncio.current_task()
+        awaited = None if task is None else _awaited.get(task)
         if awaited is not None:
             awaited.lending = self.lending
         if not route.warm and self.options.url in _WORK:
@@ -350,7 +351,9 @@ async def await_result(
     kwargs: dict[str, Any],
 ) -> Any:
     """``_APIFuture._result_async``: name its polls, and warm up before a model is handed out."""
-    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    task = asyncio.current_task()
+    if task is None:
+        return await wrapped(*args, **kwargs)
     awaited = _awaited[task] = _Awaited(str(getattr(instance, "request_type", "")))
     try:
         result = await wrapped(*args, **kwargs)
