@@ -12,7 +12,7 @@ import pytest
 from tests import programs
 from tinker_routefix import _control_plane
 from tinker_routefix._control_plane import Answer, ControlPlane, JobState
-from tinker_routefix._route import Job
+from tinker_routefix._job import Job
 from tinker_routefix.lab import Answer as HttpAnswer
 from tinker_routefix.lab import Fault, Lab
 

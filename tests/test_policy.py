@@ -14,8 +14,9 @@ import pytest
 
 from tinker_routefix import _settings, _warmup
 from tinker_routefix._control_plane import Answer, JobState
+from tinker_routefix._job import Job
 from tinker_routefix._retry import Replay, Waiting
-from tinker_routefix._route import Job, Route
+from tinker_routefix._route import Route
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tinker_routefix._control_plane import JobState, read_answer, state_of
-from tinker_routefix._route import Job
+from tinker_routefix._job import Job
 from tinker_routefix._verdict import Verdict, of_body
 
 GATEWAY = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Mapping
 
-    from ._route import Job
+    from ._job import Job
 
 GOOD_FOR = 1.0
 """Seconds that an answer stays good. A single flight that ends with its answer was measured

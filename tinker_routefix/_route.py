@@ -11,12 +11,10 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import re
 import threading
 import time
 import weakref
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from ._control_plane import ControlPlane
 from ._log import RateLimit
@@ -24,54 +22,11 @@ from ._log import RateLimit
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-_PATH = re.compile(
-    r"(?P<prefix>.*?)/training/v1/rlorTrainerJobs/(?P<account>[^/]+)/(?P<name>[^/]+)(?:/.*)?",
-    re.DOTALL,
-)
-_DOTS = (".", "..")
+    from ._job import Job
 
 FORGIVEN_AFTER = 60.0
 """Seconds without trouble after which connecting has its whole budget again; for processes
 that never create a training client and so are never seen warm."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Job:
-    """A trainer job behind a gateway."""
-
-    gateway: str
-    """Scheme, host, port and any path in front of ``/training``; never a user name."""
-    account: str
-    name: str
-
-    @classmethod
-    def from_url(cls, url: str) -> Job | None:
-        """The job that a base URL leads to, or None where it is no trainer-job route."""
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            return None
-        match = _PATH.fullmatch(parts.path)
-        if parts.scheme not in ("http", "https") or not host or match is None:
-            return None
-        prefix, account, name = match.group("prefix", "account", "name")
-        if account in _DOTS or name in _DOTS:
-            return None
-        host = f"[{host}]" if ":" in host else host
-        netloc = host if port is None else f"{host}:{port}"
-        return cls(f"{parts.scheme}://{netloc}{prefix}", account, name)
-
-    def control_plane_url(self, root: str | None = None) -> str:
-        """Where the control plane answers for this job; ``root`` defaults to the gateway."""
-        return f"{root or self.gateway}/v1/accounts/{self.account}/rlorTrainerJobs/{self.name}"
-
-    def owns(self, url: str) -> bool:
-        """Whether an address lies behind this job's route, and not where a redirect led."""
-        return Job.from_url(url) == self
-
-    def __str__(self) -> str:
-        return f"{self.account}/{self.name}"
 
 
 @dataclasses.dataclass(slots=True)

@@ -19,8 +19,9 @@ import httpx
 
 from . import _log, _seams, _settings, _verdict
 from ._connections import Lending
+from ._job import Job
 from ._retry import Replay
-from ._route import Job, Route, route_to
+from ._route import Route, route_to
 from ._verdict import Verdict
 from ._warmup import light_prober, warm_up
 
