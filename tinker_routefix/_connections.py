@@ -5,7 +5,8 @@ opened to. Sending a refused request again over the same connection would ask th
 stale replica. So a client over which a 404 came is *spoiled*: the first request that needs
 a fresh connection has it replaced in its pool, everyone else shares the replacement, and
 the retired client is closed once nobody uses it any more. With 100 requests waiting, a
-client for each of them was measured at 520 connections and a loop that stood still for 2 s.
+client for each of them was measured at 520 connections and a loop that stood still for 2 s;
+so there are at most two replacements a second, however many requests are refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _log, _settings
@@ -38,13 +41,30 @@ class Pool(Protocol):
         """Close a client that has been taken out of the pool."""
 
 
+class _Pace:
+    """At most two replacements of a client and what comes after it within a second.
+
+    Two, because a request that is released early has two tries at once.
+    """
+
+    def __init__(self) -> None:
+        self._taken: deque[float] = deque((float("-inf"),) * 2, maxlen=2)
+
+    def take(self) -> bool:
+        now = time.monotonic()
+        if now - self._taken[0] < 1.0:
+            return False
+        self._taken.append(now)
+        return True
+
+
 _closing: set[asyncio.Task[None]] = set()
 
 
 class Lending:
     """One client of a pool: who uses it, and what has replaced it."""
 
-    def __init__(self, client: Any, pool: Pool) -> None:
+    def __init__(self, client: Any, pool: Pool, pace: _Pace | None = None) -> None:
         self.client = client
         self.pool = pool
         self.spoiled = False
@@ -52,6 +72,7 @@ class Lending:
         self.senders: set[asyncio.Task[Any] | None] = set()
         """Tasks that are sending for the shim: their requests are not guarded again."""
         self._users = 0
+        self._pace = pace or _Pace()
         self._replacing: asyncio.Task[None] | None = None
 
     def latest(self) -> Lending:
@@ -62,14 +83,17 @@ class Lending:
         return lending
 
     async def fresh(self) -> Lending:
-        """A client over which no 404 has come; one replacement is made for all who ask."""
+        """A client over which no 404 has come; one replacement is made for all who ask.
+
+        Or, where two have been made within the last second already, the newer of them.
+        """
         lending = self.latest()
-        while lending.spoiled:
-            if lending._replacing is None:
+        if lending.spoiled:
+            if lending._replacing is None and lending._pace.take():
                 lending._replacing = asyncio.ensure_future(lending._replace())
-            await asyncio.shield(lending._replacing)
-            lending = lending.latest()
-        return lending
+            if lending._replacing is not None:
+                await asyncio.shield(lending._replacing)
+        return lending.latest()
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -99,7 +123,7 @@ class Lending:
                 self.spoiled = False
                 return
             # Off the loop: a new client reads the certificates, 5 to 25 ms.
-            successor = Lending(await asyncio.to_thread(make), self.pool)
+            successor = Lending(await asyncio.to_thread(make), self.pool, self._pace)
             self.pool.swap(self.client, successor)
         except Exception as error:  # noqa: BLE001 - a connection is never worth a new error
             # Go on with the old client: it may have a stale connection, but it works.
