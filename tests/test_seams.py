@@ -65,6 +65,7 @@ def assert_same(now: dict[str, dict[str, Any]], then: dict[str, dict[str, Any]])
             assert now[owner][name] is value, f"{owner}.{name}"
 
 
+@pytest.mark.core
 def test_uninstall_restores_every_touched_class_exactly() -> None:
     tinker_routefix.uninstall()
     before = everything()
@@ -291,6 +292,7 @@ def test_import_order(imports: str, connect: str) -> None:
     assert (ended.stdout, ended.returncode) == ("survived", 0), ended.stderr
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("word", ["0", " OFF "])
 def test_off_is_off(word: str) -> None:
     """Nothing patched, nothing heavy imported, and a 404 is final."""

@@ -170,6 +170,7 @@ def test_a_missing_checkpoint_is_the_pods_answer(make_lab: MakeLab, plain: Plain
     assert lab.count("load") == 1
 
 
+@pytest.mark.core
 def test_an_unknown_future_is_the_pods_answer(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> tuple[str, str]:
         client = connect(lab.base_url)
@@ -233,6 +234,7 @@ def test_other_errors_are_tinkers(make_lab: MakeLab, plain: Plain, status: int, 
     assert lab.control_plane.questions == 0
 
 
+@pytest.mark.core
 def test_another_base_url_is_not_touched(make_lab: MakeLab, plain: Plain) -> None:
     """Not one request more, and the gateway's own 404 is as final as in plain tinker."""
 

@@ -36,6 +36,7 @@ def crashes(lab: Lab, run: Callable[[Lab], object]) -> BaseException:
 # --- Connecting --------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_cold_race(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> None:
         lab.stale(6)
@@ -165,6 +166,7 @@ def test_another_error_ends_the_warm_up_quietly(make_lab: MakeLab, overheard: An
 # --- In the middle of a run --------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("subject", ["forward_backward", "optim_step"])
 def test_polls_refused(make_lab: MakeLab, plain: Plain, subject: str) -> None:
     """The very crash: an accepted operation, and a 404 where its result is asked for."""
@@ -184,6 +186,7 @@ def test_polls_refused(make_lab: MakeLab, plain: Plain, subject: str) -> None:
     assert programs.job_of(lab).recovered >= 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("way", [train, train_pipelined], ids=["sequential", "pipelined"])
 @pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])
 def test_submissions_refused(make_lab: MakeLab, plain: Plain, kind: str, way: Any) -> None:
