@@ -41,7 +41,10 @@ def everything() -> dict[str, dict[str, Any]]:
 
 
 def states() -> set[str]:
-    return {seam.state for seam in tinker_routefix.status().seams}
+    """What stands at tinker's seams."""
+    return {
+        seam.state for seam in tinker_routefix.status().seams if seam.name.startswith("tinker.")
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +56,8 @@ def _as_found() -> Iterator[None]:
     yield
     tinker_routefix.uninstall()
     assert_same(everything(), found)
-    _seams._complained = False
-    _seams._missing = None
+    _seams._complained.clear()
+    _seams._missing.clear()
 
 
 def assert_same(now: dict[str, dict[str, Any]], then: dict[str, dict[str, Any]]) -> None:
@@ -127,7 +130,7 @@ def test_no_half_patch(
             tinker_routefix.install()
         assert_same(everything(), before)
         settings(strict=False)
-        _seams._missing = None
+        _seams._missing.clear()
         with pytest.warns(tinker_routefix.RoutefixWarning, match=name) as warned:
             tinker_routefix.install()
         assert len(warned) == 1
@@ -178,7 +181,7 @@ def test_someone_on_top_of_us_stays_and_we_pass_through(lab: Lab) -> None:
     on_top = theirs(ours)
     future._result_async = on_top
     try:
-        assert dict(_seams.states())[TINKER[2]] is SeamState.BURIED
+        assert (TINKER[2], SeamState.BURIED) in [found[1:] for found in _seams.states()]
         tinker_routefix.uninstall()
         assert vars(future)["_result_async"] is on_top, "theirs has to stay"
         lab.flap(1.0)
@@ -196,14 +199,38 @@ def test_someone_on_top_of_us_stays_and_we_pass_through(lab: Lab) -> None:
         tinker_routefix.install()
 
 
-def test_a_seam_that_someone_replaces_is_noticed_at_connect(lab: Lab, overheard: Any) -> None:
+def test_a_seam_that_someone_replaces_is_wrapped_again_at_connect(lab: Lab, overheard: Any) -> None:
     from tests import programs
 
     future = OWNERS["_APIFuture._result_async"]
     ours = vars(future)["_result_async"]
 
     async def theirs(self: Any) -> Any:
-        return await ours.__wrapped__(self)
+        # Calls what it found: our first wrapper.
+        return await ours.__get__(self)()
+
+    future._result_async = theirs
+    assert "replaced" in states()
+    assert not tinker_routefix.status().active
+    client = programs.connect(lab.base_url)
+    assert "seam.wrapped_again" in overheard.events
+    assert states() == {"ours"}
+    lab.stale(1)
+    programs.train(client)
+    programs.exact(lab, gradients=1, optim_steps=1)
+    tinker_routefix.uninstall()
+    assert vars(future)["_result_async"] is theirs, "what was replaced stays replaced"
+    future._result_async = ours.__wrapped__
+
+
+def test_a_seam_that_cannot_be_wrapped_again_is_said_once(lab: Lab, overheard: Any) -> None:
+    from tests import programs
+
+    future = OWNERS["_APIFuture._result_async"]
+    ours = vars(future)["_result_async"]
+
+    def theirs(self: Any) -> Any:
+        return ours.__wrapped__(self)
 
     future._result_async = theirs
     try:
@@ -213,9 +240,8 @@ def test_a_seam_that_someone_replaces_is_noticed_at_connect(lab: Lab, overheard:
             programs.connect(lab.base_url)
         assert overheard.events.count("shim.cannot_help") == 1
         assert "_result_async" in "".join(overheard.lines)
-        status = tinker_routefix.status()
-        assert "replaced" in {seam.state for seam in status.seams}
-        assert not status.active
+        assert "replaced" in states()
+        assert not tinker_routefix.status().active
     finally:
         future._result_async = ours
 
@@ -264,7 +290,7 @@ with Lab() as lab:
     import tinker_routefix
     (job,) = tinker_routefix.status().jobs
     assert job.recovered >= 1, job
-    assert {{s.state for s in tinker_routefix.status().seams}} == {{"ours"}}
+    assert [s.state for s in tinker_routefix.status().seams].count("ours") == 3
 sys.stdout.write("survived")
 sys.stdout.flush()
 os._exit(0)
@@ -306,7 +332,7 @@ assert loaded <= {"tinker_routefix", "__future__"}, loaded
 import tinker, tinker.lib.api_future_impl, wrapt, importlib
 status = tinker_routefix.status()
 assert not status.active and "TINKER_ROUTEFIX" in status.reason, status
-assert {seam.state for seam in status.seams} == {"original"}, status
+assert {seam.state for seam in status.seams} == {"original", "not loaded"}, status
 from tests import programs
 from tinker_routefix.lab import Lab
 with Lab() as lab:

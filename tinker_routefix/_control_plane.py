@@ -21,7 +21,7 @@ from . import _settings
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ._job import Job
 
@@ -34,6 +34,26 @@ MAX_BODY = 64 * 1024
 
 CREDENTIALS = ("authorization", "x-api-key", "cf-access-client-id", "cf-access-client-secret")
 """The request headers that tinker and the SDKs on top of it carry their keys in."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Address:
+    """Where a control plane is, as an SDK in this process knows it."""
+
+    root: str
+    """Its URL up to, not including, ``/v1``."""
+    headers: Mapping[str, str] = dataclasses.field(repr=False)
+    verify: bool
+
+
+_known: dict[str, Callable[[], Address | None]] = {}
+"""By gateway: asks who knows its control plane, which may have gone in the meantime."""
+
+
+def learn(gateway: str, address: Callable[[], Address | None]) -> None:
+    """Note where a gateway's control plane is; the latest word counts."""
+    _known[gateway] = address
+
 
 _PREFIX = "JOB_STATE_"
 _RUNNING = frozenset({"RUNNING"})
@@ -153,8 +173,8 @@ class ControlPlane:
         timeout = settings.control_plane_timeout
         try:
             async with asyncio.timeout(timeout):
-                url = self._job.control_plane_url(settings.control_plane_url)
-                state, said = read_answer(*await self._fetch(url, credentials))
+                address = self._address(settings.control_plane_url, credentials)
+                state, said = read_answer(*await self._fetch(address))
         except TimeoutError:
             state, said = JobState.UNKNOWN, f"no answer within {timeout:g} s"
         except Exception as error:  # noqa: BLE001 - whatever it is, it did not say RUNNING
@@ -162,16 +182,23 @@ class ControlPlane:
         self._answer = Answer(state, said, time.monotonic())
         return self._answer
 
-    @staticmethod
-    async def _fetch(url: str, credentials: Mapping[str, str]) -> tuple[int, bytes]:
+    def _address(self, configured: str | None, credentials: Mapping[str, str]) -> Address:
+        """What was configured, else what a job manager of this process knows, else the gateway."""
+        known = _known.get(self._job.gateway)
+        address = known() if configured is None and known is not None else None
+        return address or Address(configured or self._job.gateway, credentials, verify=True)
+
+    async def _fetch(self, address: Address) -> tuple[int, bytes]:
+        url = self._job.control_plane_url(address.root)
+        secure = address.verify and url.startswith("https:")
         client = httpx.AsyncClient(
-            verify=await tls_context() if url.startswith("https:") else False,
+            verify=await tls_context() if secure else False,
             # Neither a redirect nor a proxy from the environment gets to see the keys.
             follow_redirects=False,
             trust_env=False,
             timeout=None,  # noqa: S113 - the caller bounds the whole question
         )
-        headers = {**credentials, "accept": "application/json", "accept-encoding": "identity"}
+        headers = {**address.headers, "accept": "application/json", "accept-encoding": "identity"}
         async with client, client.stream("GET", url, headers=headers) as response:
             body = bytearray()
             async for chunk in response.aiter_raw():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from . import _log, _seams, _settings, _verdict
+from . import _control_plane, _log, _seams, _settings, _verdict
 from ._connections import Lending
 from ._job import Job
 from ._retry import Replay
@@ -193,6 +193,10 @@ class _Guarded:
             if not _is_refused(error, route.job):
                 route.answered()
                 raise
+            if _note(error) is not None:
+                # Refused and given up on below us: whoever replaced a seam calls our
+                # first wrapper, and it has done its work.
+                raise
             if self.options.url in _verdict.LEFT_ALONE:
                 if self.options.url == _TELEMETRY and route.given_up:
                     # Until 0.38 tinker re-sends a refused batch every second, and a fatal
@@ -331,6 +335,37 @@ async def _open_prober(lending: Lending) -> AsyncIterator[_Prober]:
         await client.close()
 
 
+# --- The job manager ---------------------------------------------------------------------
+
+
+def note_manager(
+    wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """``TrainerJobManager.__init__``: it knows where the control plane of its gateway is."""
+    wrapped(*args, **kwargs)
+    try:
+        gateway = getattr(instance, "trainer_gateway_url", None) or instance.base_url
+        _control_plane.learn(
+            str(gateway).rstrip("/"), functools.partial(_address_of, weakref.ref(instance))
+        )
+    except Exception as error:  # noqa: BLE001 - then the gateway's own origin is asked
+        _log.own_failure("noting a job manager", error, strict=_settings.current().strict)
+
+
+def _address_of(manager: weakref.ref[Any]) -> _control_plane.Address | None:
+    instance = manager()
+    if instance is None:
+        return None
+    headers = {
+        name.lower(): value
+        for name, value in instance._headers().items()
+        if name.lower() in _control_plane.CREDENTIALS or name in (instance.additional_headers or {})
+    }
+    verify = getattr(instance, "_verify_for_url", None)
+    root = str(instance.base_url)
+    return _control_plane.Address(root, headers, verify=True if verify is None else verify(root))
+
+
 # --- Futures -----------------------------------------------------------------------------
 
 
@@ -388,8 +423,14 @@ def _carry_note(error: BaseException) -> None:
     """Put our note on what the caller gets: tinker raises its own error from the 404."""
     cause = error.__cause__
     while cause is not None:
-        for note in getattr(cause, "__notes__", ()):
-            if note.startswith("tinker_routefix:"):
-                error.add_note(note)
-                return
+        note = _note(cause)
+        if note is not None:
+            error.add_note(note)
+            return
         cause = cause.__cause__
+
+
+def _note(error: BaseException) -> str | None:
+    """Our note on an error, where it has one."""
+    notes = getattr(error, "__notes__", ())
+    return next((note for note in notes if note.startswith("tinker_routefix:")), None)

@@ -45,30 +45,64 @@ class Seam:
     """Parameters that the wrapper relies on."""
 
 
-TINKER = (
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sdk:
+    """A set of seams that is wrapped all or none."""
+
+    name: str
+    distribution: str
+    """Whose release it is, for what is said about it."""
+    seams: tuple[Seam, ...]
+    optional: bool = False
+    """Where it does not fit, the rest still does its work: not worth a warning."""
+
+
+def _seams(package: str, client: str) -> tuple[Seam, ...]:
+    return (
+        Seam(
+            f"{package}.lib.internal_client_holder",
+            "ClientConnectionPool.aclient",
+            "lend_client",
+            "every request of every release borrows its client here: tells which client belongs "
+            "to which pool and job",
+            coroutine=False,
+        ),
+        Seam(
+            f"{package}._client",
+            f"{client}.request",
+            "guard_request",
+            "every request passes: a gateway 404 is replayed once the control plane has verified "
+            "it",
+            coroutine=True,
+            parameters=("cast_to", "options"),
+        ),
+        Seam(
+            f"{package}.lib.api_future_impl",
+            "_APIFuture._result_async",
+            "await_result",
+            "names polls for the log, and warms the route up before a new model is handed out",
+            coroutine=True,
+        ),
+    )
+
+
+TINKER = _seams("tinker", "AsyncTinker")
+VENDORED = _seams("fireworks.training.sdk._core", "AsyncTrainingHTTPClient")
+"""The renamed copy of tinker in fireworks-ai 1.2.25 and later."""
+MANAGER = (
     Seam(
-        "tinker.lib.internal_client_holder",
-        "ClientConnectionPool.aclient",
-        "lend_client",
-        "every request of every release borrows its client here: tells which client belongs "
-        "to which pool and job",
+        "fireworks.training.sdk.trainer",
+        "TrainerJobManager.__init__",
+        "note_manager",
+        "knows where the control plane of a gateway is, and its headers and TLS verification",
         coroutine=False,
     ),
-    Seam(
-        "tinker._client",
-        "AsyncTinker.request",
-        "guard_request",
-        "every request passes: a gateway 404 is replayed once the control plane has verified it",
-        coroutine=True,
-        parameters=("cast_to", "options"),
-    ),
-    Seam(
-        "tinker.lib.api_future_impl",
-        "_APIFuture._result_async",
-        "await_result",
-        "names polls for the log, and warms the route up before a new model is handed out",
-        coroutine=True,
-    ),
+)
+
+SDKS = (
+    Sdk("tinker", "tinker", TINKER),
+    Sdk("fireworks-ai's copy of tinker", "fireworks-ai", VENDORED),
+    Sdk("fireworks-ai's job manager", "fireworks-ai", MANAGER, optional=True),
 )
 
 
@@ -107,8 +141,9 @@ _ledger: list[_Patch] = []
 _loaded: set[str] = set()
 _hooked = False
 _active = False
-_missing: str | None = None
-_complained = False
+_missing: dict[str, str] = {}
+"""Why an SDK is not patched, by its name."""
+_complained: set[Seam] = set()
 
 
 def is_active() -> bool:
@@ -117,8 +152,8 @@ def is_active() -> bool:
 
 
 def unusable() -> str | None:
-    """Why the SDK that was found is not patched, where it is not."""
-    return _missing
+    """Why an SDK that was found is not patched, where there is one."""
+    return "; ".join(_missing[sdk.name] for sdk in SDKS if sdk.name in _missing) or None
 
 
 def install() -> None:
@@ -133,12 +168,12 @@ def install() -> None:
     with _lock:
         _active = True
         if _hooked:
-            _patch_if_complete()
+            for sdk in SDKS:
+                _patch_if_complete(sdk)
             return
         _hooked = True
-        modules = {seam.module for seam in TINKER}
     # Outside of the lock: a hook for a module that is there already runs at once.
-    for module in sorted(modules):
+    for module in sorted({seam.module for sdk in SDKS for seam in sdk.seams}):
         wrapt.when_imported(module)(_module_came)
 
 
@@ -151,49 +186,53 @@ def uninstall() -> None:
     global _active
     with _lock:
         _active = False
-        _unwrap_all()
+        _unwrap(_ledger)
 
 
 def _module_came(module: Any) -> None:
     """Run when one of the modules has been imported; must not disturb that import."""
     with _lock:
         _loaded.add(module.__name__)
-        if _active:
-            _patch_if_complete()
+        for sdk in SDKS if _active else ():
+            _patch_if_complete(sdk)
 
 
-def _patch_if_complete() -> None:
-    global _missing
-    if _missing or not all(seam.module in _loaded for seam in TINKER):
+def _patch_if_complete(sdk: Sdk) -> None:
+    if sdk.name in _missing or not all(seam.module in _loaded for seam in sdk.seams):
         return
     # What is in the ledger is wrapped already, or was left behind under another wrapper.
     wrapped = {patch.seam for patch in _ledger}
+    begun: list[_Patch] = []
     try:
-        patches = [_probe(seam) for seam in TINKER if seam not in wrapped]
+        patches = [_probe(seam) for seam in sdk.seams if seam not in wrapped]
         for patch in patches:
-            _ledger.append(patch)
+            begun.append(patch)
             setattr(patch.owner, patch.name, patch.wrapper)
     except Exception as error:
-        _unwrap_all()
-        _missing = f"tinker {_release()}: {error}"
+        _unwrap(begun)
+        if sdk.optional:
+            _loaded.difference_update(seam.module for seam in sdk.seams)
+            _log.event(logging.DEBUG, "shim.optional", f"{sdk.name} is not used: {error}")
+            return
+        _missing[sdk.name] = f"{sdk.name} {_release(sdk)}: {error}"
         message = (
-            f"tinker_routefix does not fit {_missing}. Nothing has been patched: tinker works as "
-            f"without the shim, and a stale gateway route can end the run. Please report it: "
-            f"{ISSUES}"
+            f"tinker_routefix does not fit {_missing[sdk.name]}. Nothing of it has been patched: "
+            "it works as without the shim, and a stale gateway route can end the run. Please "
+            f"report it: {ISSUES}"
         )
         if _settings.current().strict:
             raise RuntimeError(message) from error
         # Where warnings are errors, the user's own import must still not fail.
         _warn(message)
         return
-    if not patches:
-        return
-    _log.event(
-        logging.DEBUG,
-        "shim.installed",
-        f"tinker {_release()} is patched at {len(_ledger)} seams",
-        release=_release(),
-    )
+    _ledger.extend(begun)
+    if begun:
+        _log.event(
+            logging.DEBUG,
+            "shim.installed",
+            f"{sdk.name} {_release(sdk)} is patched at {len(begun)} seams",
+            release=_release(sdk),
+        )
 
 
 def _probe(seam: Seam) -> _Patch:
@@ -218,9 +257,9 @@ def _probe(seam: Seam) -> _Patch:
     return _Patch(seam, owner, name, inherited, vars(owner).get(name), wrapper)
 
 
-def _unwrap_all() -> None:
-    """Undo the ledger, last line first; what is buried stays in it."""
-    for patch in reversed(_ledger.copy()):
+def _unwrap(patches: list[_Patch]) -> None:
+    """Undo patches, the last one first; what is buried stays, also in the list."""
+    for patch in reversed(patches.copy()):
         standing = vars(patch.owner).get(patch.name)
         if standing is patch.wrapper:
             if patch.inherited:
@@ -236,7 +275,7 @@ def _unwrap_all() -> None:
                 seam=patch.seam.attribute,
             )
             continue
-        _ledger.remove(patch)
+        patches.remove(patch)
 
 
 def _is_buried(patch: _Patch) -> bool:
@@ -262,34 +301,50 @@ def _state(seam: Seam) -> SeamState:
     return SeamState.ORIGINAL
 
 
-def states() -> list[tuple[Seam, SeamState]]:
+def states() -> list[tuple[Sdk, Seam, SeamState]]:
     """What stands at every seam now."""
     with _lock:
-        return [(seam, _state(seam)) for seam in TINKER]
+        return [(sdk, seam, _state(seam)) for sdk in SDKS for seam in sdk.seams]
 
 
 def verify() -> None:
-    """At connect: say once, and aloud, if someone has replaced a seam since we wrapped it."""
-    global _complained
-    replaced = [seam.attribute for seam, state in states() if state is SeamState.REPLACED]
-    if not replaced or _complained:
+    """At connect: wrap again what someone has replaced since, or say once that it cannot be."""
+    if not _active:
         return
-    _complained = True
-    _warn(
-        f"tinker_routefix: {', '.join(replaced)} of tinker {_release()} has been replaced by "
-        "another package after the shim wrapped it; what the shim does there no longer works. "
-        "Import tinker_routefix after that package."
+    for sdk, seam, state in states():
+        if state is SeamState.REPLACED:
+            _wrap_again(sdk, seam)
+
+
+def _wrap_again(sdk: Sdk, seam: Seam) -> None:
+    with _lock:
+        (lost,) = (patch for patch in _ledger if patch.seam is seam)
+        try:
+            patch = _probe(seam)
+        except _MissingSeamError as error:
+            if seam not in _complained:
+                _complained.add(seam)
+                _warn(
+                    f"tinker_routefix: {seam.attribute} of {sdk.name} {_release(sdk)} has been "
+                    f"replaced by another package after the shim wrapped it, and what stands "
+                    f"there now cannot be wrapped: {error}. What the shim does there no longer "
+                    "works; import tinker_routefix after that package."
+                )
+            return
+        setattr(patch.owner, patch.name, patch.wrapper)
+        _ledger[_ledger.index(lost)] = patch
+    _log.event(
+        logging.INFO,
+        "seam.wrapped_again",
+        f"{seam.attribute} had been replaced by another package; it is wrapped again",
+        seam=seam.attribute,
     )
 
 
-def _release() -> str:
-    return str(getattr(sys.modules.get("tinker"), "__version__", None) or _metadata_version())
-
-
-def _metadata_version() -> str:
+def _release(sdk: Sdk) -> str:
     metadata = importlib.import_module("importlib.metadata")
     try:
-        return str(metadata.version("tinker"))
+        return str(metadata.version(sdk.distribution))
     except metadata.PackageNotFoundError:
         return "of an unknown release"
 

@@ -74,20 +74,20 @@ class Status:
 def status() -> Status:
     """The shim's state in this process; safe to call from any thread at any time."""
     states = _seams.states()
-    active, reason = _in_force([state for _, state in states])
+    active, reason = _in_force()
     return Status(
         version=__version__,
         active=active,
         reason=reason,
         seams=tuple(
             SeamStatus(f"{seam.module}.{seam.attribute}", seam.purpose, state.value)
-            for seam, state in states
+            for _, seam, state in states
         ),
         jobs=_jobs(),
     )
 
 
-def _in_force(states: list[_seams.SeamState]) -> tuple[bool, str]:
+def _in_force() -> tuple[bool, str]:
     state = _seams.SeamState
     if not _seams.is_active():
         if not _settings.current().enabled:
@@ -96,10 +96,15 @@ def _in_force(states: list[_seams.SeamState]) -> tuple[bool, str]:
     missing = _seams.unusable()
     if missing is not None:
         return False, f"does not fit {missing}"
-    if state.REPLACED in states:
+    standing: dict[str, set[_seams.SeamState]] = {}
+    for sdk, _, found in _seams.states():
+        if not sdk.optional:
+            standing.setdefault(sdk.name, set()).add(found)
+    if any(state.REPLACED in found for found in standing.values()):
         return False, "a seam has been replaced by another package"
-    if all(at in (state.OURS, state.BURIED) for at in states):
-        return True, "all seams are wrapped"
+    wrapped = [name for name, found in standing.items() if found <= {state.OURS, state.BURIED}]
+    if wrapped:
+        return True, f"all seams of {' and '.join(wrapped)} are wrapped"
     return False, "waiting for tinker to be imported"
 
 
