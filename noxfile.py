@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -104,12 +105,34 @@ def floors(session: nox.Session) -> None:
         session.skip("only uv can resolve to the lowest direct dependencies: pip install uv")
     session.install("--resolution=lowest-direct", ".")
     lowest = session.run("uv", "pip", "freeze", silent=True, external=True) or ""
-    pins = [
-        line
-        for line in lowest.splitlines()
-        if line.partition("==")[0] in ("wrapt", "tenacity", "httpx")
-    ]
+    names = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
+    pins = [line for line in lowest.splitlines() if line.partition("==")[0] in names]
     session.log(f"the floors are {', '.join(pins)}")
     groups = nox.project.dependency_groups(PROJECT, "test")
     session.install(".[lab]", "tinker==0.15.0", *pins, *groups)
-    pytest(session, ["tests/test_policy.py", *WITH_TINKER])
+    # httpx 0.23 uses a module that Python deprecates.
+    files = ["tests/test_control_plane.py", "tests/test_policy.py", "tests/test_seams.py"]
+    pytest(session, ["-W", "ignore::DeprecationWarning", *files])
+    pytest(session, ["-W", "ignore::DeprecationWarning", "-m", "core", "tests"])
+
+
+@nox.session(python=NEWEST_PYTHON)
+@nox.parametrize("extension", [True, False], ids=["c", "pure"])
+@nox.parametrize("major", ["<2", ">=2"], ids=["wrapt1", "wrapt2"])
+def wrapt(session: nox.Session, major: str, extension: bool) -> None:
+    """Both majors of wrapt, with its C part and without."""
+    install(session, "newest")
+    session.install(f"wrapt{major}")
+    if not extension:
+        session.env["WRAPT_DISABLE_EXTENSIONS"] = "1"
+    pytest(session, ["-m", "core", "tests"])
+
+
+@nox.session(python=NEWEST_PYTHON)
+def coexist(session: nox.Session) -> None:
+    """Beside other packages that patch tinker, httpx or asyncio."""
+    install(session, "newest")
+    session.install(
+        "ddtrace", "logfire", "nest_asyncio", "opentelemetry-instrumentation-httpx", "sentry-sdk"
+    )
+    pytest(session, ["tests/test_coexist.py"])
