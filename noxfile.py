@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
 from packaging.requirements import Requirement
@@ -37,6 +38,7 @@ WITHOUT_TINKER = [
     "tests/test_demo.py",
     "tests/test_lab.py",
     "tests/test_policy.py",
+    "tests/test_releases.py",
     "tests/test_settings.py",
     "tests/test_verdict.py",
 ]
@@ -62,7 +64,7 @@ def pytest(session: nox.Session, files: list[str]) -> None:
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir()
     shutil.copytree("tests", here / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "noxfile.py"):
         shutil.copy(name, here)
     session.chdir(here)
     session.run(*PYTEST, *(session.posargs or files))
@@ -136,3 +138,58 @@ def coexist(session: nox.Session) -> None:
         "ddtrace", "logfire", "nest_asyncio", "opentelemetry-instrumentation-httpx", "sentry-sdk"
     )
     pytest(session, ["tests/test_coexist.py"])
+
+
+@nox.session(python=NEWEST_PYTHON, default=False)
+def atlas(session: nox.Session) -> None:
+    """Whether the seam atlas is what the package index says today; for a scheduled job."""
+    session.install(".", "click", "packaging", "pip")
+    session.run("python", "-m", "tools.releases", "--check", *session.posargs)
+
+
+@nox.session(python=PYTHONS[0], default=False)
+def survey(session: nox.Session) -> None:
+    """The core tests against every release of tinker, in one environment; about ten minutes.
+
+    Releases before 0.8.0 import torch; without it they are skipped, and said to be.
+    """
+    install(session, "newest")
+    # Some releases cannot be imported without grpcio, and wheels are fetched with pip.
+    session.install("grpcio", "packaging", "pip")
+    session.run("python", "-m", "tools.survey", *session.posargs)
+
+
+@nox.session(python=NEWEST_PYTHON)
+def downstream(session: nox.Session) -> None:
+    """The tests that tinker's wheel carries, without the shim and with it: the same outcome."""
+    install(session, "newest")
+    session.install("pytest-asyncio", "respx")
+    where = session.run(
+        "python",
+        "-c",
+        "import tinker, pathlib; print(pathlib.Path(tinker.__file__).parent)",
+        silent=True,
+    )
+    outcomes = []
+    for switch in ("0", "1"):
+        report = Path(session.create_tmp()) / f"shim-{switch}.xml"
+        session.run(
+            *("python", "-m", "pytest", "-q", "-p", "tinker_routefix", "-n", "4"),
+            *("-c", "/dev/null", "-o", "asyncio_mode=auto", "-o", "python_files=*_test.py"),
+            *("--import-mode=importlib", f"--junitxml={report.absolute()}", str(where).strip()),
+            env={"TINKER_ROUTEFIX": switch, "TINKER_API_KEY": "tml-tests"},
+            success_codes=[0, 1],
+        )
+        outcomes.append(
+            {
+                (case.get("classname"), case.get("name")): sorted(child.tag for child in case)
+                for case in ElementTree.parse(report).iter("testcase")  # noqa: S314 - our own
+            }
+        )
+    plain, shim = outcomes
+    if not plain or plain != shim:
+        different = sorted(
+            str(case) for case in plain.keys() | shim.keys() if plain.get(case) != shim.get(case)
+        )
+        session.error(f"{len(plain)} tests, with another outcome under the shim: {different}")
+    session.log(f"{len(plain)} tests of tinker's own: the same outcome with the shim")

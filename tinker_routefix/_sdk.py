@@ -88,7 +88,7 @@ class _Pool:
         return self._client_type(**{**self._kwargs, "http_client": http})
 
     def swap(self, old: Any, new: Lending) -> None:
-        vars(new.client)[_MARK] = new
+        setattr(new.client, _MARK, new)
         clients: list[Any] = self._pool._clients
         for index, client in enumerate(clients):
             if client is old:
@@ -107,7 +107,7 @@ def lend_client(
     """``ClientConnectionPool.aclient``: note which client of which job is lent."""
     loan = wrapped(*args, **kwargs)
     # None: looked at once, and no trainer job.
-    return loan if vars(instance).get(_MARK, _UNSEEN) is None else _lend(loan, instance)
+    return loan if getattr(instance, _MARK, _UNSEEN) is None else _lend(loan, instance)
 
 
 @contextlib.contextmanager
@@ -123,18 +123,19 @@ def _lend(loan: contextlib.AbstractContextManager[Any], pool: Any) -> Iterator[A
 
 
 def _lending_of(client: Any, pool: Any) -> Lending | None:
-    adapter = vars(pool).get(_MARK, _UNSEEN)
+    adapter = getattr(pool, _MARK, _UNSEEN)
     if adapter is _UNSEEN:
         job = Job.from_url(str(client.base_url))
         adapter = None if job is None else _Pool(pool, type(client), route_to(job))
-        vars(pool)[_MARK] = adapter
+        setattr(pool, _MARK, adapter)
         if adapter is not None:
             _seams.verify()
     if adapter is None:
         return None
-    lending = vars(client).get(_MARK)
+    lending = getattr(client, _MARK, None)
     if lending is None:
-        lending = vars(client)[_MARK] = Lending(client, cast("_Pool", adapter))
+        lending = Lending(client, cast("_Pool", adapter))
+        setattr(client, _MARK, lending)
     return cast("Lending", lending)
 
 
@@ -148,10 +149,11 @@ def guard_request(
     kwargs: dict[str, Any],
 ) -> Coroutine[Any, Any, Any]:
     """``AsyncTinker.request``: let it through, and look only at what comes back as a 404."""
-    lending: Lending | None = vars(instance).get(_MARK)
+    lending: Lending | None = getattr(instance, _MARK, None)
     if lending is None or (lending.senders and asyncio.current_task() in lending.senders):
         return wrapped(*args, **kwargs)
-    return _Guarded(wrapped, lending, args, kwargs).send()
+    options = kwargs.get("options", args[1] if len(args) > 1 else None)
+    return _Guarded(wrapped, lending, args, kwargs, options).send()
 
 
 class _Guarded:
@@ -163,13 +165,15 @@ class _Guarded:
         lending: Lending,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        options: Any,
     ) -> None:
         self.wrapped = wrapped
         self.lending = lending
         self.route: Route = lending.pool.route
         self.args = args
         self.kwargs = kwargs
-        self.options: Any = kwargs["options"] if "options" in kwargs else args[1]
+        self.options = options
+        self.path = str(getattr(options, "url", ""))
 
     async def send(self) -> Any:
         route = self.route
@@ -177,7 +181,7 @@ class _Guarded:
         awaited = None if task is None else _awaited.get(task)
         if awaited is not None:
             awaited.lending = self.lending
-        if not route.warm and self.options.url in _WORK:
+        if not route.warm and self.path in _WORK:
             route.worked = True
         used = self.lending
         try:
@@ -197,8 +201,8 @@ class _Guarded:
                 # Refused and given up on below us: whoever replaced a seam calls our
                 # first wrapper, and it has done its work.
                 raise
-            if self.options.url in _verdict.LEFT_ALONE:
-                if self.options.url == _TELEMETRY and route.given_up:
+            if self.path in _verdict.LEFT_ALONE:
+                if self.path == _TELEMETRY and route.given_up:
                     # Until 0.38 tinker re-sends a refused batch every second, and a fatal
                     # exception waits 30 s for it. It discards what this returns.
                     route.counters.telemetry_dropped += 1
@@ -253,7 +257,7 @@ class _Guarded:
             self.options.idempotency_key = key
 
     def _name(self, awaited: _Awaited | None) -> str:
-        name = str(self.options.url).removeprefix(_API)
+        name = self.path.removeprefix(_API)
         return f"{name} ({awaited.request_type})" if awaited is not None else name
 
 
