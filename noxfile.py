@@ -33,6 +33,16 @@ TINKERS = (
     "newest",
 )
 
+FIREWORKS = {
+    # One release for each tinker that the SDK was ever pinned to, and its own copy.
+    "tinker-0.15.0": ["fireworks-ai==1.0.0a62", "tinker==0.15.0", "requests"],
+    "tinker-0.16.1": ["fireworks-ai[training-sdk]==1.2.0a73"],
+    "tinker-0.22.2": ["fireworks-ai[training-sdk]==1.2.0a85"],
+    "tinker-0.22.7": ["fireworks-ai[training-sdk]==1.2.0"],
+    "tinker-0.23.0": ["fireworks-ai[training-sdk]==1.2.24"],
+    "own-copy": ["fireworks-ai[training-sdk]==1.2.28"],
+}
+
 WITHOUT_TINKER = [
     "tests/test_control_plane.py",
     "tests/test_demo.py",
@@ -98,6 +108,15 @@ def race(session: nox.Session, tinker: str) -> None:
     """Every fault, first on plain tinker and then with the shim."""
     install(session, tinker)
     pytest(session, WITH_TINKER)
+
+
+@nox.session(python=NEWEST_PYTHON)
+@nox.parametrize("row", FIREWORKS)
+def fireworks(session: nox.Session, row: str) -> None:
+    """The Fireworks SDK on top, for each tinker under it, and with its own copy."""
+    test = nox.project.dependency_groups(PROJECT, "test")
+    session.install(".[lab]", *FIREWORKS[row], *test)
+    pytest(session, ["tests/test_fireworks.py"])
 
 
 @nox.session(python=PYTHONS[0])

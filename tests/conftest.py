@@ -8,7 +8,7 @@ import sys
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tests.programs_key import CANARY
+from tests.common import CANARY
 
 # Before anything is imported: the shim reads its settings once, tinker its key at connect.
 os.environ["TINKER_API_KEY"] = CANARY
@@ -30,11 +30,14 @@ pytest_plugins = ["tinker_routefix.lab.pytest_plugin"]
 def pytest_report_header() -> str:
     from importlib import metadata
 
-    releases = {
-        name: metadata.version(name)
-        for name in ("tinker", "wrapt", "tenacity", "httpx", "pydantic")
-    }
-    return "with " + ", ".join(f"{name} {release}" for name, release in releases.items())
+    def release(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "none"
+
+    names = ("tinker", "fireworks-ai", "wrapt", "tenacity", "httpx", "pydantic")
+    return "with " + ", ".join(f"{name} {release(name)}" for name in names)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

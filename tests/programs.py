@@ -14,7 +14,8 @@ import tinker
 from tinker import types
 
 import tinker_routefix
-from tests.programs_key import CANARY as CANARY
+from tests.common import CANARY as CANARY
+from tests.common import exact as exact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -131,16 +132,6 @@ def gateway_404(error: BaseException) -> tinker.NotFoundError:
 
 def notes(error: BaseException) -> str:
     return " ".join(getattr(error, "__notes__", ()))
-
-
-def exact(lab: Lab, *, gradients: int, optim_steps: int) -> None:
-    """The trainer has carried out what was asked for: once, in order, and nothing else."""
-    ledger = lab.ledger
-    done = (ledger.gradients, ledger.optim_steps)
-    assert done == (gradients, optim_steps), ledger.summary()
-    assert not ledger.duplicates(), ledger.summary()
-    assert not ledger.out_of_order(), ledger.summary()
-    assert not ledger.missing(), ledger.summary()
 
 
 def job_of(lab: Lab) -> tinker_routefix.JobStatus:

@@ -42,15 +42,16 @@ class Address:
 
     root: str
     """Its URL up to, not including, ``/v1``."""
-    headers: Mapping[str, str] = dataclasses.field(repr=False)
+    headers: Mapping[str, str] | None = dataclasses.field(repr=False)
+    """What it is asked with; None: the refused request's own credentials."""
     verify: bool
 
 
-_known: dict[str, Callable[[], Address | None]] = {}
-"""By gateway: asks who knows its control plane, which may have gone in the meantime."""
+_known: dict[str, Callable[[], Address]] = {}
+"""By gateway."""
 
 
-def learn(gateway: str, address: Callable[[], Address | None]) -> None:
+def learn(gateway: str, address: Callable[[], Address]) -> None:
     """Note where a gateway's control plane is; the latest word counts."""
     _known[gateway] = address
 
@@ -173,8 +174,8 @@ class ControlPlane:
         timeout = settings.control_plane_timeout
         try:
             async with asyncio.timeout(timeout):
-                address = self._address(settings.control_plane_url, credentials)
-                state, said = read_answer(*await self._fetch(address))
+                address = self._address(settings.control_plane_url)
+                state, said = read_answer(*await self._fetch(address, credentials))
         except TimeoutError:
             state, said = JobState.UNKNOWN, f"no answer within {timeout:g} s"
         except Exception as error:  # noqa: BLE001 - whatever it is, it did not say RUNNING
@@ -182,13 +183,14 @@ class ControlPlane:
         self._answer = Answer(state, said, time.monotonic())
         return self._answer
 
-    def _address(self, configured: str | None, credentials: Mapping[str, str]) -> Address:
+    def _address(self, configured: str | None) -> Address:
         """What was configured, else what a job manager of this process knows, else the gateway."""
         known = _known.get(self._job.gateway)
-        address = known() if configured is None and known is not None else None
-        return address or Address(configured or self._job.gateway, credentials, verify=True)
+        if configured is None and known is not None:
+            return known()
+        return Address(configured or self._job.gateway, None, verify=True)
 
-    async def _fetch(self, address: Address) -> tuple[int, bytes]:
+    async def _fetch(self, address: Address, credentials: Mapping[str, str]) -> tuple[int, bytes]:
         url = self._job.control_plane_url(address.root)
         secure = address.verify and url.startswith("https:")
         client = httpx.AsyncClient(
@@ -198,7 +200,8 @@ class ControlPlane:
             trust_env=False,
             timeout=None,  # noqa: S113 - the caller bounds the whole question
         )
-        headers = {**address.headers, "accept": "application/json", "accept-encoding": "identity"}
+        keys = credentials if address.headers is None else address.headers
+        headers = {**keys, "accept": "application/json", "accept-encoding": "identity"}
         async with client, client.stream("GET", url, headers=headers) as response:
             body = bytearray()
             async for chunk in response.aiter_raw():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import weakref
@@ -48,7 +49,8 @@ _WORK = frozenset(
 )
 """Submissions that mean that connecting is over: from here on there is work to lose."""
 
-_CREATES_MODEL = "CreateModel"
+_CREATES_MODEL = frozenset({"CreateModel", "CreateBaseModel"})
+"""The second is the Fireworks SDK's, for reference models."""
 _LOADS_WEIGHTS = "LoadWeights"
 """How 0.38 creates a training client from a checkpoint: without a ``CreateModel``."""
 
@@ -177,8 +179,7 @@ class _Guarded:
 
     async def send(self) -> Any:
         route = self.route
-        task = asyncio.current_task()
-        awaited = None if task is None else _awaited.get(task)
+        awaited = _awaited.get()
         if awaited is not None:
             awaited.lending = self.lending
         if not route.warm and self.path in _WORK:
@@ -348,26 +349,29 @@ def note_manager(
     """``TrainerJobManager.__init__``: it knows where the control plane of its gateway is."""
     wrapped(*args, **kwargs)
     try:
-        gateway = getattr(instance, "trainer_gateway_url", None) or instance.base_url
-        _control_plane.learn(
-            str(gateway).rstrip("/"), functools.partial(_address_of, weakref.ref(instance))
+        root = str(instance.base_url)
+        gateway = getattr(instance, "trainer_gateway_url", None) or root
+        verify = getattr(instance, "_verify_for_url", None)
+        address = functools.partial(
+            _address_of, weakref.ref(instance), root, verify is None or bool(verify(root))
         )
+        _control_plane.learn(str(gateway).rstrip("/"), address)
     except Exception as error:  # noqa: BLE001 - then the gateway's own origin is asked
         _log.own_failure("noting a job manager", error, strict=_settings.current().strict)
 
 
-def _address_of(manager: weakref.ref[Any]) -> _control_plane.Address | None:
+def _address_of(manager: weakref.ref[Any], root: str, verify: bool) -> _control_plane.Address:
+    """Where the manager asks, with its headers for as long as the program keeps it."""
     instance = manager()
     if instance is None:
-        return None
+        return _control_plane.Address(root, None, verify)
+    added = instance.additional_headers or {}
     headers = {
         name.lower(): value
         for name, value in instance._headers().items()
-        if name.lower() in _control_plane.CREDENTIALS or name in (instance.additional_headers or {})
+        if name.lower() in _control_plane.CREDENTIALS or name in added
     }
-    verify = getattr(instance, "_verify_for_url", None)
-    root = str(instance.base_url)
-    return _control_plane.Address(root, headers, verify=True if verify is None else verify(root))
+    return _control_plane.Address(root, headers, verify)
 
 
 # --- Futures -----------------------------------------------------------------------------
@@ -381,7 +385,11 @@ class _Awaited:
         self.lending: Lending | None = None
 
 
-_awaited: weakref.WeakKeyDictionary[asyncio.Task[Any], _Awaited] = weakref.WeakKeyDictionary()
+# A context variable and not the task: some SDKs poll under `wait_for`, which is a task of its
+# own before Python 3.12.
+_awaited: contextvars.ContextVar[_Awaited | None] = contextvars.ContextVar(
+    "tinker_routefix_awaited", default=None
+)
 
 
 async def await_result(
@@ -391,17 +399,17 @@ async def await_result(
     kwargs: dict[str, Any],
 ) -> Any:
     """``_APIFuture._result_async``: name its polls, and warm up before a model is handed out."""
-    task = asyncio.current_task()
-    if task is None:
-        return await wrapped(*args, **kwargs)
-    awaited = _awaited[task] = _Awaited(str(getattr(instance, "request_type", "")))
+    awaited = _Awaited(str(getattr(instance, "request_type", "")))
+    token = _awaited.set(awaited)
     try:
         result = await wrapped(*args, **kwargs)
     except Exception as error:
         _carry_note(error)
         raise
     finally:
-        _awaited.pop(task, None)
+        # A coroutine that is thrown away unfinished ends in another context.
+        with contextlib.suppress(ValueError):
+            _awaited.reset(token)
     # None where nothing was polled on a trainer job's route.
     if awaited.lending is not None:
         await _warm_up_if_new_model(awaited, awaited.lending, instance, result)
@@ -412,7 +420,7 @@ async def _warm_up_if_new_model(
     awaited: _Awaited, lending: Lending, instance: Any, result: Any
 ) -> None:
     route = lending.pool.route
-    creates = awaited.request_type == _CREATES_MODEL
+    creates = awaited.request_type in _CREATES_MODEL
     if not creates and not (awaited.request_type == _LOADS_WEIGHTS and not route.warm):
         return
     future = getattr(instance, "untyped_future", None)

@@ -39,7 +39,8 @@ Mode = Literal[
 Pinning = Literal["round-robin", "random"]
 
 _JOB: Final = re.compile(r"/training/v1/rlorTrainerJobs/([^/]+)/([^/]+)(/.*)?")
-_CONTROL_PLANE: Final = re.compile(r"/v1/accounts/([^/]+)/rlorTrainerJobs/([^/]+)")
+# A job, or the list of the accounts that a key belongs to: how managers find out theirs.
+_CONTROL_PLANE: Final = re.compile(r"/v1/accounts(?:/([^/]+)/rlorTrainerJobs/([^/]+))?")
 _DIRECT: Final = "/direct"
 _ELSEWHERE: Final = "/elsewhere"
 _DRIP_SECONDS: Final = 0.2
@@ -273,11 +274,13 @@ class Gateway:
             await _drop(request)
         if mode == "slow_drip":
             return await self._drip(request, exchange)
+        if exchange.method != "GET":
+            return _error(405, "METHOD_NOT_ALLOWED", "method not allowed")
+        if not job:
+            return Answer(200, {"accounts": [{"name": f"accounts/{self.account}"}]})
         known = job in self.trainers or job in plane.states
         if not known or f"/accounts/{self.account}/" not in request.path:
             return _REFUSALS["missing"]
-        if exchange.method != "GET":
-            return _error(405, "METHOD_NOT_ALLOWED", "method not allowed")
         name = f"accounts/{self.account}/rlorTrainerJobs/{job}"
         return Answer(200, {"name": name, "state": plane.states.get(job, plane.state)})
 

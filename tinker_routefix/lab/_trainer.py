@@ -545,6 +545,11 @@ class Trainer:
         ]
         return self._listing("checkpoints", found)
 
+    async def checkpoint_names(self, _call: _Call) -> Answer:
+        # Of the Fireworks SDK's own; plain tinker does not ask for it.
+        saved = [one.path for one in self._checkpoints.values() if one.kind == "training"]
+        return Answer(200, {"checkpoints": sorted(path.rpartition("/")[2] for path in saved)})
+
     async def delete_checkpoint(self, call: _Call) -> Answer:
         path = "tinker://{}/{}".format(*call.parameters)
         self._checkpoint(path)
@@ -616,6 +621,7 @@ ROUTES: Final = (
     _route("DELETE", "training_runs/{}/checkpoints/{*}/publish", "checkpoints", Trainer.accept),
     _route("PUT", "training_runs/{}/checkpoints/{*}/ttl", "checkpoints", Trainer.accept),
     _route("DELETE", "training_runs/{}/checkpoints/{*}", "checkpoints", Trainer.delete_checkpoint),
+    _route("GET", "list_checkpoints", "checkpoints", Trainer.checkpoint_names),
     _route("GET", "training_runs", "other", Trainer.training_runs),
     _route("GET", "training_runs/{}", "other", Trainer.training_run),
     _route("GET", "checkpoints", "other", Trainer.checkpoints),

@@ -1,0 +1,266 @@
+"""The Fireworks SDK on top of tinker, or with its own copy of it: same faults, same judge.
+
+Each fault first breaks the plain SDK; then the same program survives it with the shim.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests import fireworks_programs as programs
+from tests.common import exact
+from tests.conftest import run_python
+from tests.fireworks_programs import connect, forward_backward, optim_step, save, train
+from tinker_routefix.lab import Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from tinker_routefix.lab import Exchange, Lab
+
+    MakeLab = Callable[..., Lab]
+    Plain = Callable[[], AbstractContextManager[None]]
+
+pytest.importorskip("fireworks.training.sdk", reason="the Fireworks SDK is not installed")
+
+STALE = 2.5
+"""Seconds."""
+
+
+def stale_from_the_first_request(lab: Lab) -> Fault:
+    """However long it takes until the program sends it."""
+    first: list[float] = []
+
+    def stale(exchange: Exchange) -> bool:
+        first.append(exchange.at)
+        return exchange.at - first[0] < STALE
+
+    return lab.fault(Fault(when=stale))
+
+
+def crashes(run: Callable[[], object]) -> BaseException:
+    """The plain SDK ends with the gateway's 404."""
+    with pytest.raises(Exception) as crash:
+        run()
+    programs.gateway_404(crash.value)
+    return crash.value
+
+
+# --- The race ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8], ids=["full", "lora"])
+def test_cold_race(make_lab: MakeLab, plain: Plain, lora_rank: int) -> None:
+    def run(lab: Lab) -> None:
+        stale_from_the_first_request(lab)
+        train(connect(lab.base_url, lora_rank), 2)
+
+    with plain():
+        crashes(lambda: run(make_lab()))
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=2, optim_steps=2)
+    question = next(e for e in lab.exchanges if e.kind == "control_plane")
+    assert programs.API_KEY in question.headers["x-api-key"]
+
+
+def test_a_healthy_route_is_warm_before_the_first_step(make_lab: MakeLab) -> None:
+    lab = make_lab(replicas=3)
+    connect(lab.base_url)
+    probes = [e for e in lab.exchanges if e.kind == "get_info"]
+    assert len({e.connection for e in probes}) == len({e.replica for e in probes}) == 3
+    assert lab.control_plane.questions == 0
+
+
+def test_ready_says_the_manager(make_lab: MakeLab, plain: Plain) -> None:
+    """RUNNING and one healthz is what it goes by, and then the first call gets a 404."""
+
+    def run(lab: Lab) -> None:
+        stale_from_the_first_request(lab)
+        url = programs.manager(lab.origin).wait_for_existing(lab.job).base_url
+        assert url == lab.base_url
+        train(connect(url))
+
+    with plain():
+        crashes(lambda: run(make_lab()))
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=1, optim_steps=1)
+
+
+@pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])
+def test_404_on_a_poll(make_lab: MakeLab, plain: Plain, kind: str) -> None:
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        lab.fault(Fault(kinds=[f"poll:{kind}"], seconds=STALE))
+        train(client)
+
+    with plain():
+        lab = make_lab()
+        crashes(lambda: run(lab))
+        assert lab.ledger.count(kind) == 1, "it was carried out all the same"
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=1, optim_steps=1)
+
+
+@pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])
+def test_404_on_a_submission(make_lab: MakeLab, plain: Plain, kind: str) -> None:
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        lab.fault(Fault(kinds=[kind], seconds=STALE))
+        train(client)
+
+    with plain():
+        crashes(lambda: run(make_lab()))
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=1, optim_steps=1)
+
+
+def test_404_on_one_part_of_a_batch(make_lab: MakeLab, plain: Plain) -> None:
+    """The others are on their way. What plain SDKs do next: hang, step without it, or give up."""
+
+    def run(lab: Lab) -> None:
+        client = connect(lab.base_url)
+        lab.fault(Fault(kinds=["forward_backward"], skip=1, seconds=STALE))
+        future = forward_backward(client, 2 * 1024 + 2)
+        optim = optim_step(client)
+        future.result(programs.PATIENCE)
+        optim.result(programs.PATIENCE)
+
+    with plain():
+        crashes(lambda: run(make_lab()))
+    lab = make_lab()
+    run(lab)
+    exact(lab, gradients=3, optim_steps=1)
+
+
+def test_checkpoints_are_not_missed(make_lab: MakeLab, plain: Plain) -> None:
+    """The SDK makes an empty list of a 404, and a resumed run starts from scratch."""
+
+    def run(lab: Lab) -> Any:
+        client = connect(lab.base_url)
+        save(client)
+        lab.stale(STALE)
+        return client.list_checkpoints()
+
+    with plain():
+        assert run(make_lab()) == []
+    assert run(make_lab()) == ["step-1"]
+
+
+# --- Nothing to wait for -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [("poll", train), ("forward_backward", train), ("save", save)],
+    ids=["poll", "submission", "save"],
+)
+def test_a_deleted_job_fails_at_once(
+    make_lab: MakeLab, plain: Plain, kind: str, use: Callable[[Any], None]
+) -> None:
+    """Without the shim telemetry, switched off here, can hold these crashes for 30 s."""
+
+    def run(lab: Lab) -> BaseException:
+        client = connect(lab.base_url)
+        lab.control_plane.state = "JOB_STATE_DELETED"
+        lab.fault(Fault(kinds=[kind, "telemetry"]))
+        began = time.monotonic()
+        crash = crashes(lambda: use(client))
+        assert time.monotonic() - began < 2
+        return crash
+
+    with plain():
+        expected = run(make_lab())
+    crash = run(make_lab())
+    assert type(crash) is type(expected)
+    assert type(programs.gateway_404(crash)) is type(programs.gateway_404(expected))
+    assert "JOB_STATE_DELETED" in " ".join(getattr(crash, "__notes__", ()))
+
+
+# --- Who is imported first ---------------------------------------------------------------
+
+PROGRAM = """
+import importlib, os, sys
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+from tests import fireworks_programs as programs
+programs.train(programs.connect(sys.argv[1]))
+sys.stdout.write("survived")
+sys.stdout.flush()
+os._exit(0)
+"""
+
+SDK = ("fireworks.training.sdk", "fireworks.training.sdk.client")
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [("tinker_routefix", *SDK), (*SDK, "tinker_routefix")],
+    ids=["shim-first", "sdk-first"],
+)
+def test_import_order(make_lab: MakeLab, imports: tuple[str, ...]) -> None:
+    lab = make_lab()
+    stale_from_the_first_request(lab)
+    ended = run_python(PROGRAM, lab.base_url, *imports)
+    assert (ended.stdout, ended.returncode) == ("survived", 0), ended.stderr
+    exact(lab, gradients=1, optim_steps=1)
+
+
+def test_without_the_shim_the_import_saves_nobody(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    stale_from_the_first_request(lab)
+    ended = run_python(PROGRAM, lab.base_url, *SDK, "tinker_routefix", TINKER_ROUTEFIX="0")
+    assert ended.returncode == 1
+    assert "NotFoundError" in ended.stderr
+
+
+# --- A gateway with an address of its own ------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "dropped"])
+@pytest.mark.parametrize("said", ["argument", "environment"])
+def test_the_managers_control_plane_is_asked(
+    make_lab: MakeLab, plain: Plain, monkeypatch: pytest.MonkeyPatch, said: str, kept: bool
+) -> None:
+    """The job is behind one origin, what is known of it behind another.
+
+    Many programs need the manager for one line and let go of it.
+    """
+    if not programs.has_split_gateway():
+        pytest.skip("this release has one address for both")
+
+    def run(control_plane: Lab, gateway: Lab) -> int:
+        more = {}
+        if said == "argument":
+            more["trainer_gateway_url"] = gateway.origin
+        else:
+            monkeypatch.setenv("FIREWORKS_TRAINER_GATEWAY_URL", gateway.origin)
+        manager = programs.manager(control_plane.origin, **more)
+        url = manager.wait_for_existing(control_plane.job).base_url
+        assert url == gateway.base_url
+        if not kept:
+            del manager
+        asked = control_plane.control_plane.questions
+        stale_from_the_first_request(gateway)
+        train(connect(url))
+        return control_plane.control_plane.questions - asked
+
+    def labs() -> tuple[Lab, Lab]:
+        gateway = make_lab()
+        gateway.control_plane.mode = "missing"
+        return make_lab(), gateway
+
+    with plain():
+        crashes(lambda: run(*labs()))
+    control_plane, gateway = labs()
+    assert run(control_plane, gateway) >= 1
+    assert gateway.control_plane.questions == 0
+    assert control_plane.ledger.count() == 0
+    exact(gateway, gradients=1, optim_steps=1)
