@@ -1,6 +1,8 @@
 """The test matrix: releases of tinker by releases of Python, and the checks around it.
 
-`nox` alone runs all of it; `nox -l` lists the parts. Options behind `--` go to pytest.
+`nox` alone runs the checks and the matrix; `nox -t wide` what it meets elsewhere: the
+Fireworks SDKs, other packages that patch, both majors of wrapt, tinker's own tests.
+`nox -s survey` is all 75 releases. `nox -l` lists the parts; options behind `--` go to pytest.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ WITHOUT_TINKER = [
 WITH_TINKER = ["tests/test_seams.py", "tests/test_steps_aside.py", "tests/test_survives.py"]
 
 # The tests wait more than they work, so there are more of them at a time than cores.
-PYTEST = ("python", "-m", "pytest", "-n", "10", "--dist", "load", "--maxschedchunk", "1", "-q")
+PYTEST = ("python", "-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
 
 
 def requirement(tinker: str) -> str:
@@ -110,7 +112,7 @@ def race(session: nox.Session, tinker: str) -> None:
     pytest(session, WITH_TINKER)
 
 
-@nox.session(python=NEWEST_PYTHON)
+@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
 @nox.parametrize("row", FIREWORKS)
 def fireworks(session: nox.Session, row: str) -> None:
     """The Fireworks SDK on top, for each tinker under it, and with its own copy."""
@@ -137,7 +139,7 @@ def floors(session: nox.Session) -> None:
     pytest(session, ["-W", "ignore::DeprecationWarning", "-m", "core", "tests"])
 
 
-@nox.session(python=NEWEST_PYTHON)
+@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
 @nox.parametrize("extension", [True, False], ids=["c", "pure"])
 @nox.parametrize("major", ["<2", ">=2"], ids=["wrapt1", "wrapt2"])
 def wrapt(session: nox.Session, major: str, extension: bool) -> None:
@@ -149,7 +151,7 @@ def wrapt(session: nox.Session, major: str, extension: bool) -> None:
     pytest(session, ["-m", "core", "tests"])
 
 
-@nox.session(python=NEWEST_PYTHON)
+@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
 def coexist(session: nox.Session) -> None:
     """Beside other packages that patch tinker, httpx or asyncio."""
     install(session, "newest")
@@ -178,7 +180,7 @@ def survey(session: nox.Session) -> None:
     session.run("python", "-m", "tools.survey", *session.posargs)
 
 
-@nox.session(python=NEWEST_PYTHON)
+@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
 def downstream(session: nox.Session) -> None:
     """The tests that tinker's wheel carries, without the shim and with it: the same outcome."""
     install(session, "newest")
