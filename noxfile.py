@@ -113,7 +113,7 @@ def race(session: nox.Session, tinker: str) -> None:
 
 
 @nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
-@nox.parametrize("row", FIREWORKS)
+@nox.parametrize("row", list(FIREWORKS))
 def fireworks(session: nox.Session, row: str) -> None:
     """The Fireworks SDK on top, for each tinker under it, and with its own copy."""
     test = nox.project.dependency_groups(PROJECT, "test")
