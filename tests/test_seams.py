@@ -142,6 +142,28 @@ def test_no_half_patch(
         tinker_routefix.uninstall()
 
 
+def test_what_was_wrapped_is_undone_when_the_last_seam_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tinker_routefix.uninstall()
+    before = everything()
+    wrapped: list[str] = []
+
+    def refuse(owner: Any, name: str, value: Any) -> None:
+        if name == "_result_async":
+            raise TypeError("cannot set attributes of an immutable type")
+        wrapped.append(name)
+        type.__setattr__(owner, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_seams, "setattr", refuse, raising=False)
+        with pytest.raises(RuntimeError, match="immutable"):
+            tinker_routefix.install()
+    assert wrapped[:2] == ["aclient", "request"]
+    assert_same(everything(), before)
+    _seams._missing.clear()
+
+
 def _plain() -> None:
     """Not a coroutine function."""
 
