@@ -27,8 +27,6 @@ from . import _log, _settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ISSUES = "https://github.com/tinker-routefix/tinker_routefix/issues"
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seam:
@@ -218,7 +216,7 @@ def _patch_if_complete(sdk: Sdk) -> None:
         message = (
             f"tinker_routefix does not fit {_missing[sdk.name]}. Nothing of it has been patched: "
             "it works as without the shim, and a stale gateway route can end the run. Please "
-            f"report it: {ISSUES}"
+            "report it to the shim's maintainers, with this message."
         )
         if _settings.current().strict:
             raise RuntimeError(message) from error
