@@ -53,6 +53,7 @@ class Waiting:
         self._began = self.refused_at
         self._probe = probe
         self._longest = longest
+        self._settings = _settings.current()
         self._released_at = float("-inf")
         self._second_try = False
 
@@ -61,13 +62,36 @@ class Waiting:
         """Seconds since the first refusal."""
         return time.monotonic() - self._began
 
-    def seconds(self, left: float) -> float:
-        """How long the next wait may be, with so much of the budget left."""
-        full: float = min(_settings.current().base_delay * 2**self.full_waits, self._longest)
-        return max(0.0, min(full * random.uniform(1 - JITTER, 1), left))  # noqa: S311
+    def policy(self) -> AsyncRetrying:
+        """A policy for this request alone."""
+        return AsyncRetrying(
+            retry=retry_if_exception(self._may_go_on),
+            wait=self._next,
+            stop=lambda _: self._spent(),
+            sleep=self.sleep,
+            before_sleep=self._say_progress,
+            reraise=True,
+        )
 
-    def say_progress(self, _: tenacity.RetryCallState) -> None:
-        """Log that the wait goes on; the ``before_sleep`` of a tenacity policy."""
+    async def _may_go_on(self, error: BaseException) -> bool:
+        """Whether to wait and try again after an error."""
+        raise NotImplementedError
+
+    def _left(self) -> float:
+        """Seconds of the budget that are left."""
+        raise NotImplementedError
+
+    def _spent(self) -> bool:
+        """Whether nothing more may be tried."""
+        return self._left() <= 0
+
+    def _next(self, _: tenacity.RetryCallState) -> float:
+        """How long the next wait may be."""
+        full: float = min(self._settings.base_delay * 2**self.full_waits, self._longest)
+        return max(0.0, min(full * random.uniform(1 - JITTER, 1), self._left()))  # noqa: S311
+
+    def _say_progress(self, _: tenacity.RetryCallState) -> None:
+        """Log that the wait goes on."""
         _log.event(
             logging.INFO,
             "route.waiting",
@@ -132,7 +156,6 @@ class Replay(Waiting):
         self.what = what
         self.replays = 0
         self.answer: Answer | None = None
-        self._settings = settings
         self._headers = headers
         self._send = send
         self._refused = refused
@@ -167,26 +190,14 @@ class Replay(Waiting):
         )
         return answer
 
-    def policy(self) -> AsyncRetrying:
-        """A policy for this request alone."""
-        return AsyncRetrying(
-            retry=retry_if_exception(self._may_replay),
-            wait=lambda _: self.seconds(self._left()),
-            stop=self._spent,
-            sleep=self.sleep,
-            before_sleep=self.say_progress,
-            reraise=True,
-        )
-
     def _left(self) -> float:
         if self.patient:
             return self._settings.warmup_timeout - self.route.connect_spent()
         return self._settings.retry_budget - self.elapsed
 
-    def _spent(self, _: tenacity.RetryCallState) -> bool:
-        if self._left() <= 0:
-            return True
-        return not self.patient and self.full_waits >= self._settings.max_replays
+    def _spent(self) -> bool:
+        full = not self.patient and self.full_waits >= self._settings.max_replays
+        return full or super()._spent()
 
     async def _attempt(self) -> Any:
         if not self._handed_in:
@@ -199,7 +210,7 @@ class Replay(Waiting):
         self.route.counters.replays += 1
         return await self._send()
 
-    async def _may_replay(self, error: BaseException) -> bool:
+    async def _may_go_on(self, error: BaseException) -> bool:
         if not isinstance(error, Exception) or not self._refused(error):
             return False
         if error is not self.error:

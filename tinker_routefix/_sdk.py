@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 _MARK = "_tinker_routefix"
 _UNSEEN = object()
 
-_TELEMETRY = "/api/v1/telemetry"
 _API = "/api/v1/"
+_TELEMETRY = _API + "telemetry"
+_LEFT_ALONE = (_API + "session_heartbeat", _TELEMETRY)
+"""Background calls that nobody waits for and that tinker repeats by itself."""
 _WORK = frozenset(
     _API + name
     for name in (
@@ -202,7 +204,7 @@ class _Guarded:
                 # Refused and given up on below us: whoever replaced a seam calls our
                 # first wrapper, and it has done its work.
                 raise
-            if self.path in _verdict.LEFT_ALONE:
+            if self.path in _LEFT_ALONE:
                 if self.path == _TELEMETRY and route.given_up:
                     # Until 0.38 tinker re-sends a refused batch every second, and a fatal
                     # exception waits 30 s for it. It discards what this returns.

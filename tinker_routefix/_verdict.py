@@ -15,9 +15,6 @@ from typing import Any
 MAX_BODY = 64 * 1024
 """Bytes of a 404's body that are looked at; the gateway's has about a hundred."""
 
-LEFT_ALONE = ("/api/v1/session_heartbeat", "/api/v1/telemetry")
-"""Background calls that nobody waits for and that tinker repeats by itself."""
-
 
 class Verdict(enum.Enum):
     """Who answered a request with a 404."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import tenacity
-from tenacity.asyncio import AsyncRetrying, retry_if_exception
+from tenacity.asyncio import AsyncRetrying
 
 from . import _log, _settings
 from ._control_plane import Answer, JobState
@@ -58,24 +58,14 @@ OpenProber = Callable[[], contextlib.AbstractAsyncContextManager[Prober]]
 
 class _WarmUp(Waiting):
     def __init__(self, route: Route, prober: Prober, probe: Probe) -> None:
-        settings = _settings.current()
-        super().__init__(route, probe, longest=settings.warmup_max_delay)
-        self._settings = settings
+        super().__init__(route, probe, longest=_settings.current().warmup_max_delay)
         self._prober = prober
         self._spent_before = 0.0 if route.warm else route.connect_spent()
         self._answer: Answer | None = None
         self.rounds = 0
 
     async def run(self) -> None:
-        policy = AsyncRetrying(
-            retry=retry_if_exception(self._may_go_on),
-            wait=lambda _: self.seconds(self._left()),
-            stop=lambda _: self._left() <= 0,
-            sleep=self.sleep,
-            before_sleep=self.say_progress,
-            reraise=True,
-        )
-        await policy(self._round)
+        await self.policy()(self._round)
 
     def _left(self) -> float:
         return self._settings.warmup_timeout - self._spent_before - self.elapsed
