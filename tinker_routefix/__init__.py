@@ -7,10 +7,8 @@ said that the job runs. ``TINKER_ROUTEFIX=0`` switches it off.
 The import itself loads neither tinker nor httpx; switched off, it loads next to nothing.
 """
 
-from __future__ import annotations
-
+# No `__future__`: where the shim is switched off, the import has little to load but this file.
 from ._switch import SettingError, switched_on
-from ._version import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
 
     from ._log import RoutefixWarning
     from ._status import JobStatus, SeamStatus, Status, status
+    from ._version import __version__
     from ._warmup import RouteTimeoutError
 
 __all__ = [
@@ -40,11 +39,12 @@ _LAZY = {
     "RoutefixWarning": "_log",
     "SeamStatus": "_status",
     "Status": "_status",
+    "__version__": "_version",
     "status": "_status",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -75,7 +75,7 @@ def uninstall() -> None:
     _seams.uninstall()
 
 
-def configure(**settings: Any) -> None:
+def configure(**settings: "Any") -> None:
     """Override settings from the program, before the first client connects.
 
     Args:

@@ -80,7 +80,7 @@ def _setting(default: Any, parse: Parser, variable: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "variable": variable})
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """What the shim may do, and for how long. All durations are in seconds."""
 

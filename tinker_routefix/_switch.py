@@ -4,8 +4,6 @@ A process in which the shim is switched off must pay nothing for having the impo
 line, so this module needs only ``os`` and is all that such a process loads.
 """
 
-from __future__ import annotations
-
 import os
 
 KILL_SWITCH = "TINKER_ROUTEFIX"
