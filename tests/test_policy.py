@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tinker_routefix import _settings, _warmup
+from tinker_routefix import _retry, _settings, _warmup
 from tinker_routefix._control_plane import Answer, JobState
 from tinker_routefix._job import Job
 from tinker_routefix._retry import Replay, Waiting
@@ -39,8 +39,13 @@ class Clock:
         mocker.patch("time.monotonic", side_effect=lambda: self.now)
         mocker.patch("random.uniform", lambda _, high: high)
         mocker.patch.object(Route, "pause", self.pause)
+        mocker.patch.object(_retry, "sleep", self.rest)
         self.on_wait: Callable[[float], bool] = lambda _: False
         """Whether the route answers during a wait that began at this moment."""
+
+    async def rest(self, seconds: float) -> None:
+        self.now += seconds
+        await asyncio.sleep(0)
 
     async def pause(self, seconds: float, **_: Any) -> bool:
         early = self.on_wait(self.now)
@@ -184,12 +189,14 @@ def test_every_other_error_passes_through(clock: Clock, error: BaseException) ->
 
 
 def test_an_early_release_costs_nothing_and_is_good_for_two(clock: Clock) -> None:
-    """Ten early releases that meet the 404 again: no full wait is used up by them."""
+    """Seven early releases that meet the 404 again: no full wait is used up by them."""
     clock.on_wait = lambda now: now < 1010
-    send = Sender(*[None] * 20, "answer")
+    send = Sender(*[None] * 14, "answer")
     assert asyncio.run(run(replay(route(), send))) == "answer"
-    assert clock.waits == [2] * 11
-    assert send.sent == 21
+    # One second of the clock's own in each, and half of one before its second replay.
+    assert clock.waits == [2] * 8
+    assert send.sent == 15
+    assert clock.now == 1000 + 7 * 1.5 + 2
 
 
 def test_no_replay_at_all_where_the_settings_say_so(

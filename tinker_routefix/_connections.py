@@ -12,7 +12,6 @@ so there are at most two replacements a second, however many requests are refuse
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import _log, _settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from ._route import Route
 
@@ -95,20 +94,19 @@ class Lending:
                 await asyncio.shield(lending._replacing)
         return lending.latest()
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """The client must stay open meanwhile."""
+    def __enter__(self) -> Lending:
+        """The client is in use, and must stay open meanwhile."""
         self._users += 1
-        try:
-            yield
-        finally:
-            self._users -= 1
-            self._close_if_retired()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+        self._close_if_retired()
 
     async def send(self, send: Callable[[Any], Any]) -> Any:
         """Send something over this client without the shim guarding it a second time."""
         task = asyncio.current_task()
-        with self.in_use():
+        with self:
             self.senders.add(task)
             try:
                 return await send(self.client)

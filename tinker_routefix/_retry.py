@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from asyncio import sleep
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from ._route import Route
 
 PACE = 1.0
-"""Seconds between two early releases of one request. Each is good for two replays, the
-second at once: where a load balancer takes turns, one probe and one replay would meet the
-same two replicas for ever. That makes at most two such replays a second."""
+"""Seconds between two early releases of one request. Each is good for two replays, half of
+this apart and without a probe between them: where a load balancer takes turns, one probe and
+one replay would meet the same two replicas for ever."""
 
 JITTER = 0.1
 """Waits are shortened by up to this share, so that clients that were refused together do
@@ -105,6 +106,7 @@ class Waiting:
         """Wait; the ``sleep`` of a tenacity policy."""
         if self._second_try:
             self._second_try = False
+            await sleep(min(seconds, PACE / 2))
             return
         early = await self.route.pause(
             seconds,

@@ -28,7 +28,7 @@ from ._warmup import light_prober, warm_up
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
 _MARK = "_tinker_routefix"
 _UNSEEN = object()
@@ -111,19 +111,40 @@ def lend_client(
     """``ClientConnectionPool.aclient``: note which client of which job is lent."""
     loan = wrapped(*args, **kwargs)
     # None: looked at once, and no trainer job.
-    return loan if getattr(instance, _MARK, _UNSEEN) is None else _lend(loan, instance)
+    return loan if getattr(instance, _MARK, _UNSEEN) is None else _Loan(loan, instance)
 
 
-@contextlib.contextmanager
-def _lend(loan: contextlib.AbstractContextManager[Any], pool: Any) -> Iterator[Any]:
-    with loan as client, contextlib.ExitStack() as stack:
+class _Loan:
+    """A client on loan, in use meanwhile; a class, as every request of a run passes here."""
+
+    __slots__ = ("_lending", "_loan", "_pool")
+
+    def __init__(self, loan: contextlib.AbstractContextManager[Any], pool: Any) -> None:
+        self._loan = loan
+        self._pool = pool
+        self._lending: Lending | None = None
+
+    def __enter__(self) -> Any:
+        client = self._loan.__enter__()
         try:
-            lending = _lending_of(client, pool)
+            lending = _lending_of(client, self._pool)
             if lending is not None:
-                stack.enter_context(lending.in_use())
+                lending.__enter__()
+                self._lending = lending
         except Exception as error:  # noqa: BLE001 - never worse than plain tinker
-            _log.own_failure("looking at a client", error, strict=_settings.current().strict)
-        yield client
+            try:
+                _log.own_failure("looking at a client", error, strict=_settings.current().strict)
+            except Exception as failure:
+                self._loan.__exit__(type(failure), failure, failure.__traceback__)
+                raise
+        return client
+
+    def __exit__(self, *outcome: Any) -> bool | None:
+        try:
+            return self._loan.__exit__(*outcome)
+        finally:
+            if self._lending is not None:
+                self._lending.__exit__(*outcome)
 
 
 def _lending_of(client: Any, pool: Any) -> Lending | None:
@@ -156,70 +177,80 @@ def guard_request(
     lending: Lending | None = getattr(instance, _MARK, None)
     if lending is None or (lending.senders and asyncio.current_task() in lending.senders):
         return wrapped(*args, **kwargs)
-    options = kwargs.get("options", args[1] if len(args) > 1 else None)
-    return _Guarded(wrapped, lending, args, kwargs, options).send()
+    return _send(wrapped, lending, args, kwargs)
 
 
-class _Guarded:
-    """One request of the program to a trainer job."""
+async def _send(
+    wrapped: Callable[..., Coroutine[Any, Any, Any]],
+    lending: Lending,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    route: Route = lending.pool.route
+    awaited = _awaited.get()
+    if awaited is not None:
+        awaited.lending = lending
+    if not route.warm and _path(args, kwargs) in _WORK:
+        route.worked = True
+    try:
+        if lending.successor is None:
+            answer = await wrapped(*args, **kwargs)
+        else:
+            # Spoiled and replaced while it was lent.
+            lending = lending.latest()
+            answer = await lending.send(lambda client: client.request(*args, **kwargs))
+    except Exception as error:
+        if not _is_answer(error):
+            raise
+        if not _is_refused(error, route.job):
+            route.answered()
+            raise
+        if _note(error) is not None:
+            # Refused and given up on below us: whoever replaced a seam calls our
+            # first wrapper, and it has done its work.
+            raise
+        path = _path(args, kwargs)
+        if path in _LEFT_ALONE:
+            if path == _TELEMETRY and route.given_up:
+                # Until 0.38 tinker re-sends a refused batch every second, and a fatal
+                # exception waits 30 s for it. It discards what this returns.
+                route.counters.telemetry_dropped += 1
+                return None
+            raise
+        lending.spoiled = True
+        return await _Refused(lending, args, kwargs, awaited).replay(error)
+    if route.watched:
+        route.answered()
+    return answer
+
+
+def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("options", args[1] if len(args) > 1 else None)
+
+
+def _path(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return str(getattr(_options(args, kwargs), "url", ""))
+
+
+class _Refused:
+    """A request of the program that the gateway has refused."""
 
     def __init__(
         self,
-        wrapped: Callable[..., Coroutine[Any, Any, Any]],
         lending: Lending,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        options: Any,
+        awaited: _Awaited | None,
     ) -> None:
-        self.wrapped = wrapped
-        self.lending = lending
-        self.route: Route = lending.pool.route
-        self.args = args
-        self.kwargs = kwargs
-        self.options = options
-        self.path = str(getattr(options, "url", ""))
+        self._lending = lending
+        self._route: Route = lending.pool.route
+        self._args = args
+        self._kwargs = kwargs
+        self._awaited = awaited
 
-    async def send(self) -> Any:
-        route = self.route
-        awaited = _awaited.get()
-        if awaited is not None:
-            awaited.lending = self.lending
-        if not route.warm and self.path in _WORK:
-            route.worked = True
-        used = self.lending
+    async def replay(self, error: Exception) -> Any:
         try:
-            if used.successor is None:
-                answer = await self.wrapped(*self.args, **self.kwargs)
-            else:
-                # Spoiled and replaced while it was lent.
-                used = used.latest()
-                answer = await used.send(self._again)
-        except Exception as error:
-            if not _is_answer(error):
-                raise
-            if not _is_refused(error, route.job):
-                route.answered()
-                raise
-            if _note(error) is not None:
-                # Refused and given up on below us: whoever replaced a seam calls our
-                # first wrapper, and it has done its work.
-                raise
-            if self.path in _LEFT_ALONE:
-                if self.path == _TELEMETRY and route.given_up:
-                    # Until 0.38 tinker re-sends a refused batch every second, and a fatal
-                    # exception waits 30 s for it. It discards what this returns.
-                    route.counters.telemetry_dropped += 1
-                    return None
-                raise
-            used.spoiled = True
-            return await self._replay(error, awaited)
-        if route.watched:
-            route.answered()
-        return answer
-
-    async def _replay(self, error: Exception, awaited: _Awaited | None) -> Any:
-        try:
-            replay = self._prepare(error, awaited)
+            replay = self._prepare(error)
         except Exception as failure:  # noqa: BLE001 - then the caller gets tinker's own 404
             _log.own_failure("preparing a replay", failure, strict=_settings.current().strict)
             replay = None
@@ -227,41 +258,39 @@ class _Guarded:
             raise error
         return await replay.run()
 
-    def _prepare(self, error: Exception, awaited: _Awaited | None) -> Replay:
+    def _prepare(self, error: Exception) -> Replay:
         headers = _headers(error)
         self._keep_idempotency_key(headers)
-        route = self.route
+        route = self._route
         return Replay(
             route,
             error,
             headers=headers,
             send=self._send_fresh,
             refused=lambda other: _is_refused(other, route.job),
-            probe=light_prober(route, functools.partial(_open_prober, self.lending)),
-            what=self._name(awaited),
+            probe=light_prober(route, functools.partial(_open_prober, self._lending)),
+            what=self._name(),
         )
 
     async def _send_fresh(self) -> Any:
-        target = await self.lending.fresh()
+        target = await self._lending.fresh()
         try:
-            return await target.send(self._again)
+            return await target.send(lambda client: client.request(*self._args, **self._kwargs))
         except Exception as error:
-            target.spoiled = _is_refused(error, self.route.job)
+            target.spoiled = _is_refused(error, self._route.job)
             raise
-
-    def _again(self, client: Any) -> Coroutine[Any, Any, Any]:
-        return cast("Coroutine[Any, Any, Any]", client.request(*self.args, **self.kwargs))
 
     def _keep_idempotency_key(self, headers: Mapping[str, str]) -> None:
         # tinker makes one up in every call of `request`; the first one's has to stay.
-        name = getattr(self.lending.client, "_idempotency_header", None)
+        name = getattr(self._lending.client, "_idempotency_header", None)
         key = headers.get(name) if name else None
-        if key is not None and self.options.idempotency_key is None:
-            self.options.idempotency_key = key
+        options = _options(self._args, self._kwargs)
+        if key is not None and options.idempotency_key is None:
+            options.idempotency_key = key
 
-    def _name(self, awaited: _Awaited | None) -> str:
-        name = self.path.removeprefix(_API)
-        return f"{name} ({awaited.request_type})" if awaited is not None else name
+    def _name(self) -> str:
+        name = _path(self._args, self._kwargs).removeprefix(_API)
+        return name if self._awaited is None else f"{name} ({self._awaited.request_type})"
 
 
 def _is_answer(error: BaseException) -> bool:
