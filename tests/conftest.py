@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import logging
 import os
+import subprocess
 import sys
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tests.common import CANARY
+from tests.common import CANARY, Listener, leaks
 
 # Before anything is imported: the shim reads its settings once, tinker its key at connect.
 os.environ["TINKER_API_KEY"] = CANARY
@@ -18,10 +21,10 @@ os.environ["TINKER_ROUTEFIX_STRICT"] = "1"
 import pytest
 
 import tinker_routefix
-from tinker_routefix import _seams, _settings
+from tinker_routefix import _control_plane, _seams, _settings, events
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from tinker_routefix.lab import Lab
 
@@ -58,13 +61,15 @@ def collect() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _defaults() -> Iterator[None]:
+def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
     """Put back what a test changes in the process."""
     settings = _settings.current()
     yield
     _settings.put(settings)
     _seams.install()
-    collect()
+    # A tenth of a second and more: where there were clients.
+    if "make_lab" in request.fixturenames:
+        collect()
 
 
 @pytest.fixture
@@ -115,40 +120,182 @@ def settings() -> Callable[..., None]:
     return change
 
 
-class Overheard(logging.Handler):
-    """Everything that is logged, formatted and raw."""
+# --- No key anywhere ---------------------------------------------------------------------
 
-    def __init__(self) -> None:
+
+class Overheard(logging.Handler):
+    """Everything that came out while a test ran, by the way it came: nothing of it is secret."""
+
+    def __init__(self, foreign: Listener | None = None) -> None:
         super().__init__(logging.DEBUG)
         self.lines: list[str] = []
+        """The shim's log lines, with all that is in their records."""
         self.events: list[str] = []
+        self.requests: list[str] = []
+        """What httpx and httpcore logged of the shim's own requests, as far down as they go."""
+        self.published: list[str] = []
+        """What subscribers are told."""
+        self.caught: list[Any] = []
+        """What `pytest.raises` and `pytest.warns` caught."""
+        self.printed: list[str | bytes] = []
+        """The output of other processes."""
+        self.foreign = foreign
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.name != "tinker_routefix":
+            if _sent_by_the_shim():
+                self.requests.append(f"{self.format(record)} {record.__dict__}")
+            return
         self.lines.append(f"{self.format(record)} {record.__dict__}")
         event = getattr(record, "routefix_event", None)
         if event is not None:
             self.events.append(event)
 
+    def forget(self) -> None:
+        """Forget all that was heard."""
+        for heard in (self.lines, self.requests, self.published, self.caught, self.printed):
+            heard.clear()
+
+    def leaks(self) -> list[str]:
+        """Each secret that came out, and on which way."""
+        found = []
+        for way, texts in (
+            ("log", self.lines),
+            ("log of httpx", self.requests),
+            ("event", self.published),
+            ("exception or warning", [text for one in self.caught for text in _said_by(one)]),
+            ("output", self.printed),
+            ("status", _shown()),
+            ("foreign origin", self.foreign.heard if self.foreign is not None else []),
+        ):
+            for text in texts:
+                shown = text if isinstance(text, str) else text.decode("latin-1")
+                found += [f"{what} in {way}: {shown:.2000}" for what in leaks(text)]
+        return found
+
+
+def _sent_by_the_shim() -> bool:
+    """Whether what runs now sends a question or a probe, and not a request of the program's."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name = frame.f_globals.get("__name__")
+        if name == "tinker_routefix._control_plane" or (
+            name == "tinker_routefix._sdk" and frame.f_code.co_qualname.startswith("_Prober.")
+        ):
+            return True
+    return False
+
+
+def _said_by(context: Any) -> list[str]:
+    """What exceptions say that were caught, with notes and causes, and what warnings say."""
+    warned = getattr(context, "list", None)
+    if warned is not None:
+        return [f"{warning.message} {warning.message!r}" for warning in warned]
+    # Not filled where nothing was raised.
+    error = getattr(getattr(context, "excinfo", None), "_excinfo", (None, None))[1]
+    if error is None:
+        return []
+    links = [error]
+    while (link := links[-1].__cause__ or links[-1].__context__) and link not in links:
+        links.append(link)
+    notes = [note for link in links for note in getattr(link, "__notes__", ())]
+    # What httpx says of a request of the program's, it says without the shim as well.
+    ours = [link for link in links if not type(link).__module__.startswith("httpx")]
+    return [*notes, *map(str, ours), *map(repr, ours)]
+
+
+def _shown() -> list[str]:
+    """What the shim tells of itself: status, counters, settings, and what it has seen and knows."""
+    status = tinker_routefix.status()
+    shown: list[object] = [status, dataclasses.asdict(status), _settings.current()]
+    routes = sys.modules.get("tinker_routefix._route")
+    for route in routes.all_routes() if routes is not None else ():
+        asked = route.control_plane
+        shown += [route, str(route.job), route.job, route.counters, asked, vars(asked)]
+    for address in list(_control_plane._known.values()):
+        with contextlib.suppress(Exception):
+            shown.append(address())
+    return [repr(one) for one in shown]
+
+
+_overheard = Overheard()
+"""That of the test that runs."""
+
+
+def _noted(method: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        note(result)
+        return result
+
+    return noted
+
+
+# What tests catch, and what other processes print: whoever asks for it.
+for owner, name, note in (
+    (pytest, "raises", lambda context: _overheard.caught.append(context)),
+    (pytest, "warns", lambda context: _overheard.caught.append(context)),
+    (subprocess.Popen, "communicate", lambda said: _overheard.printed.extend(filter(None, said))),
+):
+    setattr(owner, name, _noted(getattr(owner, name), note))
+
+
+@pytest.fixture(scope="session")
+def _foreign() -> Iterator[Listener]:
+    with Listener() as listener:
+        yield listener
+
+
+@pytest.fixture
+def foreign(_foreign: Listener) -> Listener:
+    """Another origin, where no key may ever go; it says that every job is RUNNING."""
+    _foreign.heard.clear()
+    _overheard.foreign = _foreign
+    return _foreign
+
 
 @pytest.fixture(autouse=True)
 def overheard() -> Iterator[Overheard]:
-    """No test's log lines of the shim, notes or status hold the key."""
-    handler = Overheard()
-    logger = logging.getLogger("tinker_routefix")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
+    """No secret comes out of any test."""
+    global _overheard
+    handler = _overheard = Overheard()
+    loggers = [logging.getLogger(name) for name in ("tinker_routefix", "httpx", "httpcore")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        # Those of the others are for us only: pytest would keep every one.
+        logger.propagate = logger.name == "tinker_routefix"
+    unsubscribe = events.subscribe(lambda event: handler.published.append(repr(event)))
     yield handler
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-    said = [*handler.lines, repr(tinker_routefix.status()), repr(_settings.current())]
-    assert not [line for line in said if CANARY in line]
+    unsubscribe()
+    for logger, (level, propagate) in zip(loggers, before, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+    found = handler.leaks()
+    # Errors hold frames, and those hold clients.
+    handler.caught.clear()
+    assert not found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Nor does a test print one."""
+    report = yield
+    found = [what for _, text in report.sections for what in leaks(text)]
+    # The last one has all that was printed.
+    if call.when == "teardown" and report.passed and found:
+        report.outcome = "failed"
+        report.longrepr = f"{', '.join(found)} in what {item.nodeid} printed"
+    return report
 
 
 def run_python(code: str, *args: str, **environment: str) -> Any:
     """Run a program in a fresh interpreter of its own; its exit code is the verdict."""
-    import subprocess
-
     return subprocess.run(
         [sys.executable, "-c", code, *args],
         env={**os.environ, **environment},

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import time
+import tracemalloc
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from tests import programs
+from tests.common import RUNNING, Listener, Speak, http
 from tinker_routefix import _control_plane
 from tinker_routefix._control_plane import Answer, ControlPlane, JobState
 from tinker_routefix._job import Job
@@ -27,9 +32,11 @@ HEADERS = {
 }
 
 
-def ask(lab: Lab, times: int = 1) -> list[Answer]:
-    job = Job.from_url(lab.base_url)
-    assert job is not None
+def ask(asked: Lab | Listener, times: int = 1) -> list[Answer]:
+    if isinstance(asked, Listener):
+        job = Job(asked.url, "acct", "job-1")
+    else:
+        job = Job(asked.origin, asked.account, asked.job)
 
     async def questions() -> list[Answer]:
         control_plane = ControlPlane(job)
@@ -80,6 +87,208 @@ def test_an_answer_without_end_is_not_read(lab: Lab, size: int) -> None:
     lab.fault(Fault(kinds=["control_plane"], at="control_plane", answer=HttpAnswer(200, body)))
     (answer,) = ask(lab)
     assert answer.state is JobState.UNKNOWN
+
+
+# --- Answers as no control plane gives them ----------------------------------------------
+
+
+def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n", headers: bytes = b"") -> bytes:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n" + headers + b"\r\n"
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + end
+
+
+def with_state(state: str) -> bytes:
+    return b'{"state": %s}' % state.encode()
+
+
+YES = '"JOB_STATE_RUNNING"'
+NO_STATE = "an answer without a job state"
+BROKEN = "no answer (RemoteProtocolError)"
+ANSWERS = {
+    # What is none.
+    "nothing": (b"", BROKEN),
+    "not-http": (b"SSH-2.0-OpenSSH_9.6\r\n", BROKEN),
+    "binary": (bytes(range(256)) * 20, BROKEN),
+    "half-a-status-line": (b"HTTP/1.1 20", BROKEN),
+    "half-the-headers": (b"HTTP/1.1 200 OK\r\nContent-Le", BROKEN),
+    "no-such-status": (http(status="2000 OK"), BROKEN),
+    "huge-headers": (http(headers=b"X: " + b"x" * 300_000 + b"\r\n"), BROKEN),
+    "many-headers": (http(headers=b"X: y\r\n" * 30_000), BROKEN),
+    "two-lengths": (http(headers=b"Content-Length: 7\r\n"), BROKEN),
+    "a-length-below-zero": (http(length=-1), BROKEN),
+    "half-a-body": (http(RUNNING, length=1000), BROKEN),
+    "half-a-chunk": (chunked(RUNNING, end=b"400\r\nmore"), BROKEN),
+    "a-chunk-of-no-size": (chunked(RUNNING, end=b"zz\r\n"), BROKEN),
+    # Statuses.
+    "created": (http(status="201 Created"), "HTTP 201"),
+    "no-content": (b"HTTP/1.1 204 No Content\r\n\r\n", "HTTP 204"),
+    "partial": (http(status="206 Partial Content"), "HTTP 206"),
+    "not-modified": (b"HTTP/1.1 304 Not Modified\r\n\r\n", "HTTP 304"),
+    "unknown-status": (http(status="299 Fine"), "HTTP 299"),
+    "upgrade": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", BROKEN),
+    "a-404-in-html": (http(b"<html>", "404 Not Found"), "HTTP 404"),
+    "a-huge-404": (http(b'{"x": "%s"}' % (b"x" * 70_000), "404 Not Found"), "HTTP 404"),
+    # Bodies.
+    "empty": (http(b""), NO_STATE),
+    "html": (http(b"<html>JOB_STATE_RUNNING</html>"), NO_STATE),
+    "half-a-document": (http(RUNNING[:-1]), NO_STATE),
+    "two-documents": (http(RUNNING * 2), NO_STATE),
+    "nested": (http(b"[" * 60_000), NO_STATE),
+    "nested-objects": (http(b'{"state":' * 7_000), NO_STATE),
+    "nested-and-closed": (http(b"[" * 30_000 + b"]" * 30_000), NO_STATE),
+    "not-utf-8": (http(b'{"state": "JOB_STATE_RUNNING", "name": "\xff"}'), NO_STATE),
+    "huge": (http(b'{"x": "%s", %s' % (b"x" * 10_000_000, RUNNING[1:])), NO_STATE),
+    "huge-chunks": (chunked(*[b" " * 65_536] * 160, RUNNING), NO_STATE),
+    "compressed": (http(gzip.compress(RUNNING), headers=b"Content-Encoding: gzip\r\n"), NO_STATE),
+    "a-bomb": (
+        http(gzip.compress(b" " * 10_000_000), headers=b"Content-Encoding: gzip\r\n"),
+        NO_STATE,
+    ),
+    "deflated": (
+        http(zlib.compress(RUNNING), headers=b"Content-Encoding: deflate, gzip, br, nonsense\r\n"),
+        NO_STATE,
+    ),
+    # States.
+    "null": (http(with_state("null")), NO_STATE),
+    "a-number": (http(with_state("2")), NO_STATE),
+    "a-huge-number": (http(with_state("9" * 5_000)), NO_STATE),
+    "not-a-number": (http(with_state("NaN")), NO_STATE),
+    "a-list": (http(with_state(f"[{YES}]")), NO_STATE),
+    "an-object": (http(with_state(f'{{"state": {YES}}}')), NO_STATE),
+    "deeper": (http(b'{"job": {"state": "JOB_STATE_RUNNING"}}'), NO_STATE),
+    "lower-case": (http(with_state(YES.lower())), "a strange state"),
+    "blanks": (http(with_state('" JOB_STATE_RUNNING"')), "a strange state"),
+    "a-line-more": (http(with_state('"JOB_STATE_RUNNING\\n"')), "a strange state"),
+    "nul": (http(with_state('"JOB_STATE_RUNNING\\u0000"')), "a strange state"),
+    "twice-the-prefix": (
+        http(with_state('"JOB_STATE_JOB_STATE_RUNNING"')),
+        "JOB_STATE_JOB_STATE_RUNNING",
+    ),
+    "the-last-word-counts": (
+        http(b'{"state": "JOB_STATE_RUNNING", "state": "JOB_STATE_X"}'),
+        "JOB_STATE_X",
+    ),
+}
+
+
+@pytest.mark.parametrize(("says", "said"), ANSWERS.values(), ids=ANSWERS)
+def test_a_strange_answer_is_no_yes(says: bytes, said: str) -> None:
+    with Listener(says) as listener:
+        (answer,) = ask(listener)
+        assert len(listener.heard) == 1, "asked once, and nobody else"
+    assert (answer.state, answer.said) == (JobState.UNKNOWN, said)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        http(),
+        http(json.dumps({"state": "RUNNING"}).encode("utf-16")),
+        http(b"\xef\xbb\xbf" + RUNNING),
+        http(b" " * 65_000 + RUNNING),
+        http(b'{"x": NaN, "y": -1e999, ' + RUNNING[1:]),
+        http(headers=b"Content-Type: text/html; charset=utf-7\r\n"),
+        http(status="200 "),
+        chunked(*[RUNNING[at : at + 1] for at in range(len(RUNNING))]),
+        chunked(RUNNING, end=b"0\r\nX-Trailer: yes\r\n\r\n"),
+        b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 10 + http(),
+        b"HTTP/1.0 200 OK\r\n\r\n" + RUNNING,
+        http() + http(b'{"state": "JOB_STATE_FAILED"}'),
+    ],
+    ids=range(12),
+)
+def test_an_unusual_yes_is_one(says: bytes) -> None:
+    with Listener(says) as listener:
+        (answer,) = ask(listener)
+    assert (answer.state, len(listener.heard)) == (JobState.RUNNING, 1)
+
+
+def drip(piece: bytes, first: bytes = b"", pause: float = 0.05) -> Speak:
+    """Say something, and then something more now and then, for ever."""
+
+    async def speak(writer: asyncio.StreamWriter) -> None:
+        writer.write(first)
+        while True:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause)
+
+    return speak
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n"
+HANDSHAKES = (drip(b""), drip(b"\0", b"\x16\x03\x03\x40\x00"))
+CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        drip(b""),
+        drip(b"x", b"HTTP/1.1 200 OK\r\nX: "),
+        drip(b"X: y\r\n", b"HTTP/1.1 200 OK\r\n"),
+        drip(b" ", HEAD),
+        drip(b"1\r\n \r\n", CHUNKS),
+        drip(b"x", CHUNKS + b"1;"),
+        drip(b"HTTP/1.1 100 Continue\r\n\r\n"),
+        # As fast as it goes: nothing of it counts for the body's limit.
+        drip(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1_000, pause=0),
+        *HANDSHAKES,
+    ],
+    ids=[
+        *("silence", "header", "headers", "body", "chunks", "chunk-header"),
+        *("continue", "flood-of-hints", "tls-silence", "tls-handshake"),
+    ],
+)
+def test_who_takes_for_ever_is_not_waited_for(settings: Callable[..., None], says: Speak) -> None:
+    """Each piece is in time, the whole never comes; and the loop goes on meanwhile."""
+    settings(control_plane_timeout=0.5)
+
+    async def question(job: Job) -> tuple[Answer, int]:
+        asking = asyncio.ensure_future(ControlPlane(job).ask({}))
+        ticks = 0
+        while not asking.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return await asking, ticks
+
+    # What begins like this is shaking hands.
+    tls = says in HANDSHAKES
+    with Listener(says, asked_first=not tls) as listener, programs.took(0.4, 30):
+        url = listener.url.replace("http", "https" if tls else "http")
+        answer, ticks = asyncio.run(question(Job(url, "acct", "job-1")))
+    assert (answer.state, answer.said) == (JobState.UNKNOWN, "no answer within 0.5 s")
+    assert ticks >= 2
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        http(b"x" * 10_000_000),
+        chunked(*[b"x" * 65_536] * 160),
+        http(gzip.compress(b" " * 100_000_000), headers=b"Content-Encoding: gzip\r\n"),
+    ],
+    ids=["length", "chunks", "bomb"],
+)
+def test_a_huge_answer_takes_no_memory(says: bytes) -> None:
+    async def pour(writer: asyncio.StreamWriter) -> None:
+        # The server is measured too: it holds no copy.
+        for at in range(0, len(says), 65_536):
+            writer.write(says[at : at + 65_536])
+            await writer.drain()
+
+    with Listener(pour) as listener:
+        ask(listener)
+        tracemalloc.start()
+        try:
+            ask(listener)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 3_000_000
+
+
+# --- Who is told what --------------------------------------------------------------------
 
 
 def test_only_the_credentials_are_sent(lab: Lab) -> None:

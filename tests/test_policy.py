@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tinker_routefix import _retry, _settings, _warmup
+from tinker_routefix import _log, _settings, _warmup
 from tinker_routefix._control_plane import Answer, JobState
 from tinker_routefix._job import Job
 from tinker_routefix._retry import Replay, Waiting
@@ -38,13 +38,15 @@ class Clock:
         self.waits: list[float] = []
         mocker.patch("time.monotonic", side_effect=lambda: self.now)
         mocker.patch("random.uniform", lambda _, high: high)
+        # It has noted moments of other clocks.
+        mocker.patch.object(_log, "_own_failures", _log.RateLimit(seconds=60.0))
         mocker.patch.object(Route, "pause", self.pause)
-        mocker.patch.object(_retry, "sleep", self.rest)
+        mocker.patch.object(Route, "rest", self.rest)
         self.on_wait: Callable[[float], bool] = lambda _: False
         """Whether the route answers during a wait that began at this moment."""
 
     async def rest(self, seconds: float) -> None:
-        self.now += seconds
+        self.now += max(seconds, 0)
         await asyncio.sleep(0)
 
     async def pause(self, seconds: float, **_: Any) -> bool:
@@ -143,6 +145,25 @@ def test_the_budget_ends_it_and_cuts_the_last_wait(
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(route(), Sender(None))))
     assert clock.waits == [2, 4, 3]
+
+
+def test_a_budget_that_is_spent_to_the_second_is_spent(
+    clock: Clock, settings: Callable[..., None]
+) -> None:
+    settings(retry_budget=14, max_replays=10)
+    send = Sender(None)
+    with pytest.raises(RefusedError):
+        asyncio.run(run(replay(route(), send)))
+    assert clock.waits == [2, 4, 8]
+    assert send.sent == 3
+
+
+@pytest.mark.parametrize(("warm", "questions"), [(True, 6), (False, 3)])
+def test_when_the_control_plane_is_asked(clock: Clock, warm: bool, questions: int) -> None:
+    """Before each wait; and once there is work to lose, also after it."""
+    on = route(warm=warm)
+    assert asyncio.run(run(replay(on, Sender(None, None, "answer")))) == "answer"
+    assert on.control_plane.questions == questions
 
 
 @pytest.mark.parametrize("refusals", [0, 1, 2, 3])
@@ -314,9 +335,10 @@ def test_the_warm_up_returns_after_so_many_successes(clock: Clock) -> None:
 
 
 def test_a_404_starts_the_count_again(clock: Clock) -> None:
-    on, prober = route(warm=False), FakeProber("ok", "ok", None, "ok", None, "ok", "ok")
+    # Three at once at first, and then one after the other, up to the first that fails.
+    on, prober = route(warm=False), FakeProber("ok", "ok", None, "ok", None, "ok", "ok", "ok")
     warm_up(on, prober)
-    assert prober.send.sent == 9
+    assert prober.send.sent == 8
     assert clock.waits == [2, 4]
     assert on.warm
     assert on.counters.recovered == 1
@@ -445,7 +467,6 @@ def test_the_light_prober_releases_on_any_answer_but_the_gateways_404(
     mocker: MockerFixture,
 ) -> None:
     mocker.patch.object(_warmup, "_cadence", return_value=0.01)
-    mocker.patch.object(_warmup, "PROBE_GAP", 0)
 
     async def program(prober: FakeProber) -> int:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
@@ -466,12 +487,8 @@ def test_the_light_prober_releases_on_any_answer_but_the_gateways_404(
     assert asyncio.run(program(FakeProber(ConnectionError("refused")))) == 1
 
 
-def test_the_cadence_slows_down(mocker: MockerFixture) -> None:
-    state = mocker.Mock()
-    paces = []
-    for state.seconds_since_start in (None, 0.9, 1.1, 29, 31):
-        paces.append(_warmup._cadence(state))
-    assert paces == [0.25, 0.25, 0.5, 0.5, 1.0]
+def test_the_cadence_slows_down() -> None:
+    assert [_warmup._cadence(at) for at in (0, 0.9, 1, 29, 30)] == [0.25, 0.25, 0.5, 0.5, 1.0]
 
 
 def test_settings_change_reaches_the_policy(settings: Callable[..., None], clock: Clock) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any
 
 import pytest
@@ -64,8 +65,10 @@ def test_empty_is_unset(variable: str) -> None:
         ("TINKER_ROUTEFIX_RETRY_BUDGET", "1e2", 100.0),
         ("TINKER_ROUTEFIX_MATCH", "ANY", "any"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "https://api.example/", "https://api.example"),
-        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://127.0.0.1:80/x", "http://127.0.0.1:80/x"),
-        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://[::1]:80", "http://[::1]:80"),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "HTTPS://API.Example:443", "https://api.example"),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://127.0.0.1:81/x", "http://127.0.0.1:81/x"),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://localhost:80/", "http://localhost"),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://[::1]:81", "http://[::1]:81"),
     ],
 )
 def test_good_values(variable: str, text: str, value: object) -> None:
@@ -108,8 +111,20 @@ def test_bad_values_are_refused_by_name_and_value(variable: str, text: str) -> N
         "https://user:secret-key@api.example",
         "https://api.example?key=secret-key",
         "https://api.example#secret-key",
+        "https://api.example/secret-key@",
         "https://api.example:port",
+        "https://api.example:99999",
         "https://[::1",
+        "https://[::1%25lo]",
+        "https://api.example\\.other",
+        "https://api.exam\nple",
+        "https://api.example/a path",
+        "https://bücher.example",
+        "http://127.0.0.1.example",
+        "http://localhost.example",
+        "http://10.0.0.1",
+        "//api.example",
+        "secret-key",
     ],
 )
 def test_a_bad_url_is_refused_and_not_repeated(url: str) -> None:
@@ -118,23 +133,37 @@ def test_a_bad_url_is_refused_and_not_repeated(url: str) -> None:
     assert "secret-key" not in str(caught.value)
 
 
+def test_a_refused_url_is_named_by_its_host() -> None:
+    with pytest.raises(SettingError, match=r"CONTROL_PLANE_URL='http://api\.example:81' is not"):
+        Settings.from_environment({"TINKER_ROUTEFIX_CONTROL_PLANE_URL": "http://API.example:81/v2"})
+
+
 def test_a_misspelt_name_is_said() -> None:
     with pytest.warns(tinker_routefix.RoutefixWarning, match="TINKER_ROUTEFIX_MAX_REPLAY "):
         Settings.from_environment({"TINKER_ROUTEFIX_MAX_REPLAY": "3"})
 
 
+@pytest.fixture
+def unconnected(mocker: Any) -> None:
+    """As in a process in which no client has connected yet."""
+    mocker.patch("tinker_routefix._route._routes", weakref.WeakKeyDictionary())
+
+
+@pytest.mark.usefixtures("unconnected")
 def test_configure_overrides() -> None:
     tinker_routefix.configure(retry_budget=60, control_plane_url=None, strict="no")
     assert _settings.current().retry_budget == 60
     assert _settings.current().strict is False
 
 
+@pytest.mark.usefixtures("unconnected")
 @pytest.mark.parametrize("bad", [{"retry_budget": True}, {"max_replays": 2.5}, {"strict": 3}])
 def test_configure_checks_values(bad: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(bad))):
         tinker_routefix.configure(**bad)
 
 
+@pytest.mark.usefixtures("unconnected")
 @pytest.mark.parametrize("name", ["retries", "enabled"])
 def test_configure_checks_names(name: str) -> None:
     with pytest.raises(TypeError, match="retry_budget"):

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import json
+import string
+from typing import Any
 
+import httpx
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from tinker_routefix._control_plane import JobState, read_answer, state_of
-from tinker_routefix._job import Job
+from tinker_routefix._job import Job, base_of
 from tinker_routefix._verdict import Verdict, of_body
+
+# Threads of clients that other tests have left draw their own numbers meanwhile.
+pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
+
+fuzz = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+"""The same examples in every run."""
 
 GATEWAY = {
     "error": {
@@ -65,6 +82,70 @@ def test_broken_bodies_are_unknown_and_never_raise(body: bytes) -> None:
     assert of_body(body) is Verdict.UNKNOWN
 
 
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+DOCUMENTS = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10
+)
+OBJECTS = st.dictionaries(st.sampled_from(["error", "detail", "message", "code"]), DOCUMENTS)
+
+
+SPELLINGS = st.tuples(st.sampled_from(ENCODINGS), st.booleans(), st.sampled_from([None, 3]))
+
+
+def spelt(document: object, spelling: tuple[str, bool, int | None]) -> bytes:
+    encoding, escaped, indent = spelling
+    text = json.dumps(document, ensure_ascii=escaped, indent=indent)
+    return text.encode(encoding, "surrogatepass")
+
+
+@fuzz
+@given(OBJECTS, st.dictionaries(st.text(), DOCUMENTS), SPELLINGS)
+def test_the_gateways_code_is_all_that_counts(
+    document: dict[str, Any], error: dict[str, Any], spelling: Any
+) -> None:
+    document["error"] = {**error, "code": "NOT_FOUND"}
+    assert of_body(spelt(document, spelling)) is Verdict.GATEWAY
+
+
+@fuzz
+@given(OBJECTS, DOCUMENTS, SPELLINGS)
+def test_the_pods_are_those_with_a_detail_and_no_error(
+    document: dict[str, Any], detail: Any, spelling: Any
+) -> None:
+    document["detail"] = detail
+    document.pop("error", None)
+    assert of_body(spelt(document, spelling)) is Verdict.POD
+
+
+@fuzz
+@given(DOCUMENTS | OBJECTS, SPELLINGS)
+def test_what_is_neither_is_unknown(document: Any, spelling: Any) -> None:
+    if isinstance(document, dict):
+        error = document.get("error")
+        assume(not (isinstance(error, dict) and error.get("code") == "NOT_FOUND"))
+        assume("detail" not in document or "error" in document)
+    assert of_body(spelt(document, spelling)) is Verdict.UNKNOWN
+
+
+@fuzz
+@given(OBJECTS, st.data())
+def test_half_a_body_is_unknown(document: dict[str, Any], data: st.DataObject) -> None:
+    body = json.dumps({**document, **GATEWAY}).encode()
+    cut = data.draw(st.integers(0, len(body) - 1))
+    assert of_body(body[:cut]) is Verdict.UNKNOWN
+    assert of_body(body + body[:cut]) is (Verdict.UNKNOWN if cut else Verdict.GATEWAY)
+
+
+@fuzz
+@given(st.binary(max_size=2000), st.integers(0, 101), st.integers(0, 101))
+def test_bytes_never_raise(noise: bytes, start: int, end: int) -> None:
+    assert of_body(noise) in Verdict
+    body = json.dumps(GATEWAY).encode()
+    assert of_body(body[:start] + noise + body[end:]) in Verdict
+    assert read_answer(200, noise)[0] in JobState
+
+
 ROUTE = "/training/v1/rlorTrainerJobs/acct/job-1"
 
 
@@ -79,8 +160,16 @@ ROUTE = "/training/v1/rlorTrainerJobs/acct/job-1"
         (f"http://[::1]:8080{ROUTE}", Job("http://[::1]:8080", "acct", "job-1")),
         (f"https://api.example/eu{ROUTE}", Job("https://api.example/eu", "acct", "job-1")),
         (f"https://user:key@api.example{ROUTE}", Job("https://api.example", "acct", "job-1")),
-        (f"https://api.example{ROUTE}%2F2", Job("https://api.example", "acct", "job-1%2F2")),
+        (f"https://api.example{ROUTE}%202", Job("https://api.example", "acct", "job-1%202")),
         (f"https://api.example{ROUTE}?key=1#2", Job("https://api.example", "acct", "job-1")),
+        (f"https://api.example:443{ROUTE}", Job("https://api.example", "acct", "job-1")),
+        (f"http://api.example:0080{ROUTE}", Job("http://api.example", "acct", "job-1")),
+        (f"http://api.example:443{ROUTE}", Job("http://api.example:443", "acct", "job-1")),
+        (f"https://api.example:{ROUTE}//", Job("https://api.example", "acct", "job-1")),
+        (f"https://api.example/{ROUTE}", Job("https://api.example", "acct", "job-1")),
+        (f"https://[2001:DB8::1]{ROUTE}", Job("https://[2001:db8::1]", "acct", "job-1")),
+        (f"https://a@b:c@api.example{ROUTE}", Job("https://api.example", "acct", "job-1")),
+        (f"https://api.example{ROUTE}{ROUTE}2", Job("https://api.example", "acct", "job-1")),
         ("https://api.example", None),
         ("https://tinker.example/services/tinker-prod", None),
         ("https://api.example/training/v1/serverless", None),
@@ -95,12 +184,142 @@ ROUTE = "/training/v1/rlorTrainerJobs/acct/job-1"
         (f"https://{ROUTE}", None),
         (f"https://api.example:port{ROUTE}", None),
         (f"https://[::1{ROUTE}", None),
+        (f"https://[fe80::1%25lo]{ROUTE}", None),
+        (f"https://api%2eexample{ROUTE}", None),
+        (f"https://api.example\\@other.example{ROUTE}", None),
+        (f"https://api.example:99999{ROUTE}", None),
+        (f"https://bücher.example{ROUTE}", None),
+        (f"https://api.exam\nple{ROUTE}", None),
+        (f"https://api.example{ROUTE}%2F2", None),
+        (f"https://api.example{ROUTE}%5c2", None),
+        (f"https://api.example{ROUTE}/../job-2", None),
+        (f"https://api.example{ROUTE}/%2e%2E/job-2", None),
+        (f"https://api.example/eu/..{ROUTE}", None),
+        (f"https://api.example/eu/.%2E{ROUTE}", None),
+        ("https://api.example/training/v1/rlorTrainerJobs/acct%2Fx/job", None),
+        ("https://api.example/training/v1/rlorTrainerJobs/%2e%2e/job", None),
+        ("https://api.example/training/v1/rlorTrainerJobs/acct/.%2e", None),
+        ("https://api.example/training/v1%2FrlorTrainerJobs/acct/job", None),
         ("", None),
         ("nonsense", None),
     ],
 )
 def test_which_job_a_url_leads_to(url: str, job: Job | None) -> None:
     assert Job.from_url(url) == job
+
+
+# Mostly what is right: of nothing but noise, no URL in a thousand is a route.
+SEGMENTS = st.one_of(
+    st.text("abz09-._~%:;=@!$&'()*+,", min_size=1, max_size=5),
+    st.sampled_from(
+        [".", "..", "%2e%2E", "a%2Fb", "a%5Cb", "a%00", "%", "a b", "ä", "\\", "", '"']
+    ),
+    st.text(max_size=3),
+)
+HOSTS = st.one_of(
+    st.text(string.ascii_letters + string.digits + ".-", min_size=1, max_size=8),
+    st.sampled_from(["127.0.0.1", "[::1]", "[2001:DB8::1]", "[::ffff:1.2.3.4]", "LOCALHOST"]),
+    st.sampled_from(
+        ["", "a%2e", "[::1", "[::1%25lo]", "[v1.x]", "ä.example", "a b", "a\\b", "a;b"]
+    ),
+)
+USERS = st.sampled_from(["", "", "me@", "me:there@", "me:th%40re@", "@", ":@", "a@b@", "\\@", "?@"])
+PORTS = st.sampled_from(["", "", ":80", ":443", ":8080", ":0443", ":", ":0", ":65536", ":x", ":-1"])
+TAILS = st.sampled_from(["", "", "/", "//", "/api/v1/x", "/../x", "?a=/b", "#/c", "?", ";x"])
+
+
+@st.composite
+def urls(draw: st.DrawFn) -> str:
+    scheme = draw(st.sampled_from(["http", "https", "https", "HTTPS", "Http", "ftp", "wss"]))
+    prefix = "".join(f"/{segment}" for segment in draw(st.lists(SEGMENTS, max_size=2)))
+    account, name = draw(SEGMENTS), draw(SEGMENTS)
+    route = f"/training/v1/rlorTrainerJobs/{account}/{name}"
+    place = draw(USERS) + draw(HOSTS) + draw(PORTS)
+    return f"{scheme}://{place}{prefix}{route}{draw(TAILS)}"
+
+
+def place_of(url: httpx.URL) -> tuple[str, bytes, int]:
+    """Where httpx would connect to."""
+    return url.scheme, url.raw_host.lower(), url.port or {"http": 80, "https": 443}[url.scheme]
+
+
+@settings(fuzz, max_examples=2000)
+@given(urls() | st.text())
+def test_a_job_is_where_httpx_sends_its_requests(url: str) -> None:
+    """What is taken for a route is taken for the same place and the same path by httpx."""
+    job = Job.from_url(url)
+    try:
+        sent_to = httpx.URL(url)
+    except httpx.InvalidURL:
+        return
+    if job is None:
+        return
+    asked = httpx.URL(job.control_plane_url())
+    assert place_of(asked) == place_of(sent_to)
+    assert (asked.userinfo, asked.query, asked.fragment) == (b"", b"", "")
+    # Nothing in it that is read in another way further on, or by another party.
+    assert str(asked) == job.control_plane_url()
+    for path in (asked.path, sent_to.path):
+        assert not {".", ".."} & set(path.split("/"))
+    account, name = f"/v1/accounts/{job.account}", f"/rlorTrainerJobs/{job.name}"
+    assert asked.raw_path.decode().endswith(account + name)
+    prefix = asked.raw_path.decode().removesuffix(account + name)
+    route = f"{prefix}/training/v1/rlorTrainerJobs/{job.account}/{job.name}"
+    path = sent_to.raw_path.decode().partition("?")[0]
+    assert f"{path.rstrip('/')}/".startswith((f"{route}/", f"{prefix}/{route}/")) or "//" in path
+    assert len(httpx.URL(f"http://h{account}{name}").path.split("/")) == 6
+    # The spelling that tinker hands over, and the addresses of its requests.
+    assert Job.from_url(str(sent_to)) == job
+    assert job.owns(str(sent_to.copy_with(raw_path=f"{route}/api/v1/get_info".encode())))
+    assert not job.owns(str(sent_to.copy_with(host="other.example")))
+    assert not job.owns(str(sent_to.copy_with(raw_path=f"{route}0/api/v1/get_info".encode())))
+
+
+PLAIN = st.text("abz09-._~%:;=@!$&'()*+,", min_size=1, max_size=8).filter(
+    lambda segment: segment.strip(".") and "%" not in segment
+)
+
+
+@fuzz
+@given(
+    st.sampled_from([("http", ":80"), ("https", ":443")]),
+    st.sampled_from(["api.example", "127.0.0.1", "[2001:db8::1]"]),
+    st.lists(PLAIN, max_size=2).map("/".join),
+    PLAIN,
+    PLAIN,
+    st.sampled_from(["", "user@", "user:key@", "@"]),
+    st.sampled_from(["", "/", "//", "/api/v1", "?x=1", "#x", "/?x#y"]),
+)
+def test_a_job_has_many_spellings(
+    scheme: tuple[str, str], host: str, prefix: str, account: str, name: str, user: str, end: str
+) -> None:
+    gateway = f"{scheme[0]}://{host}/{prefix}".rstrip("/")
+    job = Job(gateway, account, name)
+    assert base_of(gateway) == gateway
+    path = f"{gateway.partition(host)[2]}/training/v1/rlorTrainerJobs/{account}/{name}{end}"
+    for port in ("", ":", scheme[1], f":00{scheme[1][1:]}"):
+        assert Job.from_url(f"{scheme[0]}://{user}{host}{port}{path}") == job
+        assert Job.from_url(f"{scheme[0].upper()}://{user}{host.upper()}{port}{path}") == job
+        assert base_of(f"{scheme[0].title()}://{user}{host.upper()}{port}/{prefix}") == gateway
+    other = Job.from_url(f"{scheme[0]}://{user}{host}:8080{path}")
+    assert other == Job(gateway.replace(host, f"{host}:8080", 1), account, name)
+
+
+@pytest.mark.parametrize(
+    ("url", "route"),
+    [
+        ("https://h" + "/" * 60_000, False),
+        ("https://" + "a" * 60_000, False),
+        ("https://h/" + "a/" * 30_000, False),
+        ("https://h" + "/training/v1/rlorTrainerJobs" * 2_000, True),
+        ("https://h/" + "%2e" * 20_000 + ROUTE, True),
+        (f"https://h{ROUTE}" * 1_000 + "\x7f", False),
+    ],
+    ids=range(6),
+)
+def test_a_long_url_is_no_work(url: str, route: bool) -> None:
+    """With a pattern that goes back and forth over it, it would take minutes."""
+    assert (Job.from_url(url) is not None) is route
 
 
 def test_a_job_knows_its_control_plane_and_its_own_addresses() -> None:
@@ -166,7 +385,46 @@ def test_answers_of_the_control_plane(status: int, body: bytes, state: JobState)
     assert read_answer(status, body)[0] is state
 
 
-def test_strange_words_of_the_control_plane_are_not_repeated() -> None:
-    assert read_answer(200, b'{"state": "tml-secret"}')[1] == "a strange state"
-    long = json.dumps({"state": "JOB_STATE_" + "X" * 1000}).encode()
-    assert len(read_answer(200, long)[1]) <= 80
+@pytest.mark.parametrize(
+    "word",
+    [
+        "tml-secret",
+        "JOB_STATE_tml-secret",
+        "JOB_STATE_TML-5F2C",
+        "JOB_STATE_5F2C",
+        "JOB_STATE_",
+        "JOB_STATE_X\n",
+        "JOB_STATE_X\nroute.recovered: all is well",
+        "JOB_STATE_\u202e",
+        "JOB_STATE_" + "X" * 1000,
+        "\ud800",
+    ],
+)
+def test_strange_words_of_the_control_plane_are_not_repeated(word: str) -> None:
+    answer = read_answer(200, json.dumps({"state": word}).encode())
+    assert answer == (JobState.UNKNOWN, "a strange state")
+
+
+def test_new_words_of_the_control_plane_are_shown() -> None:
+    answer = read_answer(200, b'{"state": "JOB_STATE_HIBERNATING"}')
+    assert answer == (JobState.UNKNOWN, "JOB_STATE_HIBERNATING")
+
+
+STATES = st.sampled_from(["JOB_STATE_RUNNING", "RUNNING", "JOB_STATE_FAILED", "JOB_STATE_X"])
+
+
+@fuzz
+@given(
+    st.sampled_from([200, 200, 200, 201, 202, 204, 206, 300, 304, 403, 404, 410, 418, 500, 599]),
+    st.dictionaries(st.sampled_from(["state", "status", "job"]), STATES | DOCUMENTS) | DOCUMENTS,
+    SPELLINGS,
+)
+def test_only_a_plain_yes_is_running(status: int, document: Any, spelling: Any) -> None:
+    said_so = isinstance(document, dict) and document.get("state") in (
+        "JOB_STATE_RUNNING",
+        "RUNNING",
+    )
+    state, said = read_answer(status, spelt(document, spelling))
+    assert (state is JobState.RUNNING) == (status == 200 and said_so)
+    assert said.isprintable()
+    assert len(said) <= 80

@@ -4,6 +4,11 @@ A gateway 404 alone cannot tell a stale route from a job that is gone. The contr
 can, so nothing is sent again before it has said RUNNING. One question serves every
 request of the job that asks within the same moment, its answer stays good for about a
 second, and whatever goes wrong with it is an answer too: "could not tell".
+
+The question carries a key. So it goes over https, or within this machine where the gateway is
+http on loopback as well; anywhere else it is not asked, and that is said when the first client
+connects. A gateway that is plain http on a network gets its key from tinker anyway, but the
+shim does not add to that: an https control plane has to be configured for it.
 """
 
 from __future__ import annotations
@@ -12,12 +17,15 @@ import asyncio
 import dataclasses
 import enum
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from . import _settings
+from . import _log, _settings, events
+from ._job import base_of
+from ._switch import SettingError
 
 if TYPE_CHECKING:
     import ssl
@@ -53,10 +61,11 @@ _known: dict[str, Callable[[], Address]] = {}
 
 def learn(gateway: str, address: Callable[[], Address]) -> None:
     """Note where a gateway's control plane is; the latest word counts."""
-    _known[gateway] = address
+    _known[base_of(gateway) or gateway] = address
 
 
 _PREFIX = "JOB_STATE_"
+_LOOKS_LIKE_A_STATE = re.compile(r"JOB_STATE_[A-Z_]{1,60}")
 _RUNNING = frozenset({"RUNNING"})
 _ON_ITS_WAY = frozenset(
     {"PENDING", "CREATING", "CREATING_INPUT_DATASET", "VALIDATING", "RE_QUEUEING"}
@@ -129,9 +138,9 @@ def read_answer(status: int, body: bytes) -> tuple[JobState, str]:
     if not isinstance(word, str):
         return JobState.UNKNOWN, "an answer without a job state"
     state = state_of(word)
-    # An unknown word comes from outside: show it only where it looks like a state.
-    known = word if state is not JobState.UNKNOWN or word.startswith(_PREFIX) else "a strange state"
-    return state, known[:80]
+    # A word comes from outside and could even be our key: show it only where it cannot.
+    known = state is not JobState.UNKNOWN or _LOOKS_LIKE_A_STATE.fullmatch(word)
+    return state, word if known else "a strange state"
 
 
 _tls: ssl.SSLContext | None = None
@@ -146,13 +155,30 @@ async def tls_context() -> ssl.SSLContext:
 
 
 class ControlPlane:
-    """The control plane's view of one job."""
+    """The control plane's view of one job.
+
+    Raises:
+        SettingError: The settings are strict, and what is configured cannot be asked about
+            this job.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._answer: Answer | None = None
         self._question: asyncio.Task[Answer] | None = None
+        self._warned = False
         self.questions = 0
+        settings = _settings.current()
+        configured = settings.control_plane_url
+        # A job manager's is looked at when it is asked: the program may still make one.
+        if configured is not None or job.gateway not in _known:
+            asked = self._may_ask(configured or job.gateway)
+            if settings.strict and not asked:
+                raise SettingError(
+                    "TINKER_ROUTEFIX_CONTROL_PLANE_URL",
+                    configured,
+                    f"an https URL for jobs behind {job.gateway}",
+                )
 
     async def ask(self, headers: Mapping[str, str]) -> Answer:
         """Whether the job runs, as of at most :data:`GOOD_FOR` seconds ago; never raises.
@@ -169,26 +195,57 @@ class ControlPlane:
         return await asyncio.shield(self._question)
 
     async def _put_question(self, credentials: Mapping[str, str]) -> Answer:
-        self.questions += 1
         settings = _settings.current()
         timeout = settings.control_plane_timeout
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(timeout):
-                address = self._address(settings.control_plane_url)
-                state, said = read_answer(*await self._fetch(address, credentials))
+            address = self._address(settings.control_plane_url)
+            if self._may_ask(address.root):
+                self.questions += 1
+                async with asyncio.timeout(timeout):
+                    state, said = read_answer(*await self._fetch(address, credentials))
+            else:
+                state, said = JobState.UNKNOWN, "not asked, because its URL is not https"
         except TimeoutError:
             state, said = JobState.UNKNOWN, f"no answer within {timeout:g} s"
         except Exception as error:  # noqa: BLE001 - whatever it is, it did not say RUNNING
             state, said = JobState.UNKNOWN, f"no answer ({type(error).__name__})"
         self._answer = Answer(state, said, time.monotonic())
+        events.publish(
+            events.QuestionAnswered(
+                job=str(self._job),
+                state=state.value,
+                said=said,
+                seconds=round(self._answer.at - began, 3),
+            )
+        )
         return self._answer
 
     def _address(self, configured: str | None) -> Address:
         """What was configured, else what a job manager of this process knows, else the gateway."""
         known = _known.get(self._job.gateway)
         if configured is None and known is not None:
-            return known()
+            address = known()
+            # As the program wrote it, perhaps with a password in it.
+            return dataclasses.replace(address, root=base_of(address.root) or "")
         return Address(configured or self._job.gateway, None, verify=True)
+
+    def _may_ask(self, root: str) -> bool:
+        """Whether a key may be sent to a control plane; says so once where it may not."""
+        on_loopback = _settings.http_on_loopback
+        if root.startswith("https:") or (on_loopback(root) and on_loopback(self._job.gateway)):
+            return True
+        if not self._warned:
+            self._warned = True
+            _log.warn(
+                "control_plane.not_asked",
+                f"the control plane of job {self._job} is not asked: {root or 'its URL'} is not "
+                f"https, and not http on loopback for a gateway that is so too. Once connected, "
+                "a stale route ends the run as without tinker_routefix; "
+                "TINKER_ROUTEFIX_CONTROL_PLANE_URL can name an https one",
+                job=str(self._job),
+            )
+        return False
 
     async def _fetch(self, address: Address, credentials: Mapping[str, str]) -> tuple[int, bytes]:
         url = self._job.control_plane_url(address.root)

@@ -1,7 +1,9 @@
 """Which trainer job a base URL leads to, if any.
 
 This is where it is decided whom the shim touches at all: only clients whose base URL is a
-trainer job's route on a gateway. The URL is the only source; nothing is asked.
+trainer job's route on a gateway. The URL is the only source; nothing is asked. Keys are sent
+to the addresses that are made here, so what httpx, a proxy or a server could read in another
+way than this module is nobody's route.
 """
 
 from __future__ import annotations
@@ -10,11 +12,38 @@ import dataclasses
 import re
 from urllib.parse import urlsplit
 
-_PATH = re.compile(
-    r"(?P<prefix>.*?)/training/v1/rlorTrainerJobs/(?P<account>[^/]+)/(?P<name>[^/]+)(?:/.*)?",
-    re.DOTALL,
+_CHARACTER = r"[\w.~%!$&'()*+,;=:@-]"
+"""What may stand in a path without being encoded."""
+_ROUTE = re.compile(
+    rf"(?P<gateway>https?://[^/]+(?:/(?:{_CHARACTER}|/)*?)??)/training/v1/rlorTrainerJobs"
+    rf"/(?P<account>{_CHARACTER}+)/(?P<name>{_CHARACTER}+)(?:/.*)?",
+    re.ASCII,
 )
-_DOTS = (".", "..")
+_DOTS = re.compile(r"(?:^|/)(?:\.|%2e){1,2}(?:/|$)", re.IGNORECASE)
+_SLASH = re.compile(r"%(?:2f|5c)", re.IGNORECASE)
+"""A slash or backslash that may be taken for one only further on."""
+_PORTS = {"http": 80, "https": 443}
+
+
+def base_of(url: str) -> str | None:
+    """Scheme, host, port and path of a URL, always spelt alike; None for any other text.
+
+    Never a user name, a query or a fragment. The host is in lower case, the scheme's own
+    port and slashes at the end are left out.
+    """
+    # What tinker hands over is httpx's spelling, and that has nothing else in it.
+    if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
+        return None
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in _PORTS or not host or "%" in host:
+        return None
+    host = f"[{host}]" if ":" in host else host
+    netloc = host if port in (None, _PORTS[parts.scheme]) else f"{host}:{port}"
+    return f"{parts.scheme}://{netloc}{parts.path.rstrip('/')}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,20 +58,14 @@ class Job:
     @classmethod
     def from_url(cls, url: str) -> Job | None:
         """The job that a base URL leads to, or None where it is no trainer-job route."""
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError:
+        base = base_of(url) or ""
+        match = _ROUTE.fullmatch(base)
+        if match is None or _DOTS.search(base):
             return None
-        match = _PATH.fullmatch(parts.path)
-        if parts.scheme not in ("http", "https") or not host or match is None:
+        gateway, account, name = match.group("gateway", "account", "name")
+        if _SLASH.search(f"{account}{name}"):
             return None
-        prefix, account, name = match.group("prefix", "account", "name")
-        if account in _DOTS or name in _DOTS:
-            return None
-        host = f"[{host}]" if ":" in host else host
-        netloc = host if port is None else f"{host}:{port}"
-        return cls(f"{parts.scheme}://{netloc}{prefix}", account, name)
+        return cls(gateway.rstrip("/"), account, name)
 
     def control_plane_url(self, root: str | None = None) -> str:
         """Where the control plane answers for this job; ``root`` defaults to the gateway."""

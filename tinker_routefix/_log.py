@@ -8,9 +8,11 @@ was left out is counted in the next line.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import traceback
+import warnings
 from typing import Any
 
 logger = logging.getLogger("tinker_routefix")
@@ -54,6 +56,15 @@ def event(
             text = f"{text} ({skipped} more like this were not logged)"
     extra = {f"routefix_{key}": value for key, value in fields.items()}
     logger.log(level, "%s: %s", name, text, extra={"routefix_event": name, **extra})
+
+
+def warn(name: str, message: str, **fields: Any) -> None:
+    """One log line and one :class:`RoutefixWarning`, without ever raising."""
+    event(logging.WARNING, name, message, **fields)
+    # `-W error`: the log line has been written, and neither an import nor tinker's loop is a
+    # place to raise.
+    with contextlib.suppress(RoutefixWarning):
+        warnings.warn(message, RoutefixWarning, stacklevel=2)
 
 
 _own_failures = RateLimit(seconds=60.0)

@@ -13,13 +13,12 @@ from __future__ import annotations
 import logging
 import random
 import time
-from asyncio import sleep
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tenacity.asyncio import AsyncRetrying, retry_if_exception
 
-from . import _log, _settings
+from . import _log, _settings, events
 from ._control_plane import Answer, JobState
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class Waiting:
         """Wait; the ``sleep`` of a tenacity policy."""
         if self._second_try:
             self._second_try = False
-            await sleep(min(seconds, PACE / 2))
+            await self.route.rest(min(seconds, PACE / 2))
             return
         early = await self.route.pause(
             seconds,
@@ -170,7 +169,8 @@ class Replay(Waiting):
             Exception: Whatever the request was answered with in the end: the 404, with a
                 note on it, where the job is not running or the budget is spent.
         """
-        self._say_refused()
+        await self.route.turn()
+        self._met(self.error)
         with self.route.incident():
             try:
                 answer: Any = await self.policy()(self._attempt)
@@ -178,18 +178,9 @@ class Replay(Waiting):
                 if self._refused(error):
                     self._give_up(error)
                 raise
+        self._forget()
         self.route.counters.recovered += 1
-        _log.event(
-            logging.INFO,
-            "route.recovered",
-            f"{self.what} of job {self.route.job} got through after {self.elapsed:.1f} s "
-            f"and {self.replays} replays",
-            limit=self.route.limit,
-            job=str(self.route.job),
-            request=self.what,
-            replays=self.replays,
-            seconds=round(self.elapsed, 3),
-        )
+        self._publish(events.Recovered, replays=self.replays, seconds=self._waited())
         return answer
 
     def _left(self) -> float:
@@ -210,20 +201,22 @@ class Replay(Waiting):
             raise self.error
         self.replays += 1
         self.route.counters.replays += 1
+        self._publish(events.Replayed, replays=self.replays, seconds=round(self.elapsed, 3))
         return await self._send()
 
     async def _may_go_on(self, error: BaseException) -> bool:
         if not isinstance(error, Exception) or not self._refused(error):
             return False
         if error is not self.error:
-            self.route.counters.refused += 1
-            self.error = error
+            self._met(error)
         self.refused_at = time.monotonic()
         return await self._runs()
 
     async def _runs(self) -> bool:
         """Whether the control plane's word allows to send again."""
         self.answer = await self.route.control_plane.ask(self._headers)
+        # The answer reaches all who asked at once.
+        await self.route.turn()
         return self._allowed()
 
     def _allowed(self) -> bool:
@@ -233,43 +226,39 @@ class Replay(Waiting):
             return self.answer.state is not JobState.OVER
         return self.answer.state is JobState.RUNNING
 
-    def _say_refused(self) -> None:
+    def _forget(self) -> None:
+        # Its frames lead back to this object: a 404 that nobody will get would wait for the
+        # garbage collector, whose rounds are what makes the loop stand still.
+        self.error.__traceback__ = None
+
+    def _met(self, error: Exception) -> None:
+        if error is not self.error:
+            self._forget()
+            self.error = error
         counters = self.route.counters
         counters.refused += 1
         counters.last_intervention = time.time()
-        _log.event(
-            logging.INFO,
-            "route.refused",
-            f"the gateway answered {self.what} of job {self.route.job} with a 404; "
-            "asking the control plane",
-            limit=self.route.limit,
-            job=str(self.route.job),
-            request=self.what,
-        )
+        self._publish(events.Refused, replays=self.replays)
 
     def _give_up(self, error: Exception) -> None:
         counters = self.route.counters
         self.route.given_up = True
+        kind = events.GivenUp
         if self._allowed():
-            name = "route.given_up"
             counters.given_up += 1
         else:
-            name = "route.failed_fast"
+            kind = events.FailedFast
             counters.failed_fast += 1
         said = self.answer.said if self.answer is not None else "not asked"
-        text = (
-            f"the gateway answered {self.what} of job {self.route.job} with a 404; the control "
-            f"plane's word on the job: {said}; {self.replays} replays in {self.elapsed:.1f} s"
-        )
-        error.add_note(f"tinker_routefix: {text}")
-        _log.event(
-            logging.WARNING,
-            name,
-            text,
-            limit=self.route.limit,
-            job=str(self.route.job),
-            request=self.what,
-            said=said,
-            replays=self.replays,
-            seconds=round(self.elapsed, 3),
-        )
+        event = self._publish(kind, said=said, replays=self.replays, seconds=self._waited())
+        error.add_note(f"tinker_routefix: {event}")
+
+    def _waited(self) -> float:
+        seconds = self.elapsed
+        self.route.counters.longest_wait = max(self.route.counters.longest_wait, seconds)
+        return round(seconds, 3)
+
+    def _publish(self, kind: type[events.RequestEvent], **facts: Any) -> events.RequestEvent:
+        event = kind(job=str(self.route.job), request=self.what, **facts)
+        events.publish(event, limit=self.route.limit)
+        return event

@@ -89,7 +89,13 @@ class _Pool:
         http = httpx.AsyncClient(
             limits=httpx.Limits(max_keepalive_connections=0), follow_redirects=False, verify=tls
         )
-        return self._client_type(**{**self._kwargs, "http_client": http})
+        client = self._client_type(**{**self._kwargs, "http_client": http})
+        url = client.base_url
+        if url.userinfo:
+            # httpx and tinker log whole URLs: these requests are ours, and so is the log line.
+            http.auth = (url.username, url.password)
+            client.base_url = url.copy_with(userinfo=b"")
+        return client
 
     def swap(self, old: Any, new: Lending) -> None:
         setattr(new.client, _MARK, new)
@@ -218,10 +224,15 @@ async def _send(
                 return None
             raise
         lending.spoiled = True
-        return await _Refused(lending, args, kwargs, awaited).replay(error)
-    if route.watched:
-        route.answered()
-    return answer
+        replay = _Refused(lending, args, kwargs, awaited).replay(error)
+        if replay is None:
+            raise
+    else:
+        if route.watched:
+            route.answered()
+        return answer
+    # Out here, so that what a replay meets does not carry the first 404 as its context.
+    return await replay.run()
 
 
 def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -248,15 +259,13 @@ class _Refused:
         self._kwargs = kwargs
         self._awaited = awaited
 
-    async def replay(self, error: Exception) -> Any:
+    def replay(self, error: Exception) -> Replay | None:
+        """Its way through, or None where the shim itself is at fault."""
         try:
-            replay = self._prepare(error)
+            return self._prepare(error)
         except Exception as failure:  # noqa: BLE001 - then the caller gets tinker's own 404
             _log.own_failure("preparing a replay", failure, strict=_settings.current().strict)
-            replay = None
-        if replay is None:
-            raise error
-        return await replay.run()
+            return None
 
     def _prepare(self, error: Exception) -> Replay:
         headers = _headers(error)

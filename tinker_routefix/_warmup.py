@@ -4,7 +4,10 @@ The SDK calls a job ready after one good health check; the other paths of the sa
 can still be stale. The warm-up proves the route on a path that does go through the table:
 so many successes in a row, over as many fresh connections, because each connection may
 end at another replica of the gateway. They are sent at the same time, so a healthy route
-costs a round trip or two.
+costs a round trip or two. A route that has refused one of them is asked twice a second.
+
+That does not prove that every replica knows the route: no client can tell how many there
+are. A 404 that comes later is replayed.
 
 While requests wait for a route, one light prober per job asks in their place.
 """
@@ -13,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
@@ -21,9 +23,9 @@ from typing import TYPE_CHECKING, Protocol
 import tenacity
 from tenacity.asyncio import AsyncRetrying
 
-from . import _log, _settings
+from . import _log, _settings, events
 from ._control_plane import Answer, JobState
-from ._retry import Probe, Waiting
+from ._retry import PACE, Probe, Waiting
 
 if TYPE_CHECKING:
     from ._route import Route
@@ -63,6 +65,8 @@ class _WarmUp(Waiting):
         self._spent_before = 0.0 if route.warm else route.connect_spent()
         self._answer: Answer | None = None
         self.rounds = 0
+        self.refused = False
+        """A 404 was met; what is left to see is whether it went away."""
 
     async def run(self) -> None:
         await self.policy()(self._round)
@@ -71,20 +75,28 @@ class _WarmUp(Waiting):
         return self._settings.warmup_timeout - self._spent_before - self.elapsed
 
     async def _round(self) -> None:
-        """All successes at once; a 404 among them starts the count again."""
+        """So many successes in a row; a 404 among them starts the count again."""
         self.rounds += 1
         count = self._settings.warmup_successes
-        self.route.counters.probes += count
-        outcomes = await asyncio.gather(
-            *(self._prober() for _ in range(count)), return_exceptions=True
-        )
-        errors = [outcome for outcome in outcomes if outcome is not None]
-        for error in sorted(errors, key=self._prober.refused, reverse=True):
-            raise error
+        if self.rounds == 1:
+            self.route.counters.probes += count
+            outcomes = await asyncio.gather(
+                *(self._prober() for _ in range(count)), return_exceptions=True
+            )
+            errors = [outcome for outcome in outcomes if outcome is not None]
+            for error in sorted(errors, key=self._prober.refused, reverse=True):
+                raise error
+            return
+        for _ in range(count):
+            await self.route.rest(self.route.last_probe + PACE / 2 - time.monotonic())
+            self.route.last_probe = time.monotonic()
+            self.route.counters.probes += 1
+            await self._prober()
 
     async def _may_go_on(self, error: BaseException) -> bool:
         if not self._prober.refused(error):
             return False
+        self.refused = True
         self.refused_at = time.monotonic()
         self.route.counters.last_intervention = time.time()
         self._answer = await self.route.control_plane.ask(self._prober.headers(error))
@@ -121,6 +133,7 @@ async def warm_up(route: Route, open_prober: OpenProber) -> None:
         return
     began = time.monotonic()
     route.counters.warmups += 1
+    events.publish(events.WarmupStarted(job=str(route.job)))
     try:
         async with open_prober() as prober:
             warm = _WarmUp(route, prober, light_prober(route, open_prober))
@@ -137,35 +150,33 @@ async def warm_up(route: Route, open_prober: OpenProber) -> None:
 
 async def _run(route: Route, warm: _WarmUp, prober: Prober) -> Exception | None:
     """Warm up; what comes back is to be raised."""
-    job = str(route.job)
+    failure: Exception | None = None
+    outcome, met = "warm", None
     try:
         await warm.run()
     except Exception as error:  # noqa: BLE001 - told apart below
+        met = type(error).__name__
         if not prober.refused(error):
-            _log.event(
-                logging.WARNING,
-                "warmup.ended",
-                f"the warm-up of job {job} met {type(error).__name__} and ends; "
-                "the next call will tell",
-                job=job,
-                error=type(error).__name__,
-            )
-            return None
-        return _failure(route, warm, error)
-    waited = warm.rounds > 1
-    if waited:
-        route.counters.recovered += 1
-    route.became_warm()
-    route.answered()
-    _log.event(
-        logging.INFO if waited else logging.DEBUG,
-        "warmup.done",
-        f"the route to job {job} is warm after {warm.elapsed:.1f} s",
-        job=job,
-        seconds=round(warm.elapsed, 3),
-        rounds=warm.rounds,
+            outcome = "error"
+        else:
+            outcome = "over" if warm.over else "timeout"
+            failure = _failure(route, warm, error)
+    else:
+        route.became_warm()
+        route.answered()
+    if warm.refused:
+        route.counters.longest_wait = max(route.counters.longest_wait, warm.elapsed)
+        route.counters.recovered += outcome == "warm"
+    events.publish(
+        events.WarmupEnded(
+            job=str(route.job),
+            outcome=outcome,
+            rounds=warm.rounds,
+            seconds=round(warm.elapsed, 3),
+            error=met,
+        )
     )
-    return None
+    return failure
 
 
 def _failure(route: Route, warm: _WarmUp, error: Exception) -> Exception:
@@ -183,13 +194,12 @@ def _failure(route: Route, warm: _WarmUp, error: Exception) -> Exception:
 
 FIRST_SECOND = 1.0
 FIRST_HALF_MINUTE = 30.0
-PROBE_GAP = 0.2
-"""Seconds between two light probes at least, also when one incident follows another."""
+GAP = 0.9
+"""The share of its wait that must have passed since the route's last probe, whoever sent it."""
 
 
-def _cadence(state: tenacity.RetryCallState) -> float:
+def _cadence(elapsed: float) -> float:
     """Four times a second at first, when most races end; then ever less of a burden."""
-    elapsed = state.seconds_since_start or 0.0
     if elapsed < FIRST_SECOND:
         return 0.25
     return 0.5 if elapsed < FIRST_HALF_MINUTE else 1.0
@@ -197,11 +207,18 @@ def _cadence(state: tenacity.RetryCallState) -> float:
 
 def light_prober(route: Route, open_prober: OpenProber) -> Probe:
     """What asks in the place of all who wait for a route, until it is cancelled."""
+    waited = 0.25
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        nonlocal waited
+        waited = _cadence(state.seconds_since_start or 0.0)
+        return waited
 
     async def once(prober: Prober) -> None:
-        if not route.sleepers or time.monotonic() - route.last_probe < PROBE_GAP:
+        now = time.monotonic()
+        if not route.sleepers or now - route.last_probe < GAP * waited:
             return
-        route.last_probe = time.monotonic()
+        route.last_probe = now
         route.counters.probes += 1
         try:
             await prober()
@@ -213,7 +230,7 @@ def light_prober(route: Route, open_prober: OpenProber) -> Probe:
     async def probe() -> None:
         policy = AsyncRetrying(
             retry=tenacity.retry_if_result(lambda _: True),
-            wait=_cadence,
+            wait=wait,
             stop=tenacity.stop_never,
             sleep=asyncio.sleep,
         )

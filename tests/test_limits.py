@@ -1,0 +1,188 @@
+"""What is just within a limit, and what is just beyond it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+import tinker_routefix
+from tests.common import RUNNING, Listener, http
+from tinker_routefix import _control_plane, _sdk
+from tinker_routefix._control_plane import Address, Answer, ControlPlane, JobState, read_answer
+from tinker_routefix._job import Job
+from tinker_routefix._verdict import Verdict, of_body
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+KIB_64 = 65_536
+NOWHERE = Job("http://127.0.0.1:9", "acct", "job-1")
+
+
+def padded(document: dict[str, Any], size: int) -> bytes:
+    """A JSON document of exactly so many bytes."""
+    empty = len(json.dumps({**document, "padding": ""}))
+    body = json.dumps({**document, "padding": "x" * (size - empty)}).encode()
+    assert len(body) == size
+    return body
+
+
+@pytest.mark.parametrize(
+    ("document", "verdict"),
+    [({"error": {"code": "NOT_FOUND"}}, Verdict.GATEWAY), ({"detail": "no"}, Verdict.POD)],
+)
+def test_a_404_is_read_up_to_64_kib(document: dict[str, Any], verdict: Verdict) -> None:
+    assert of_body(padded(document, KIB_64)) is verdict
+    assert of_body(padded(document, KIB_64 + 1)) is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("size", "state"), [(KIB_64, JobState.RUNNING), (KIB_64 + 1, JobState.UNKNOWN)]
+)
+def test_an_answer_of_the_control_plane_is_read_up_to_64_kib(
+    settings: Callable[..., None], size: int, state: JobState
+) -> None:
+    settings(control_plane_timeout=60)
+    body = padded({"state": "JOB_STATE_RUNNING"}, size)
+    with Listener(http(body)) as listener:
+        answer = asyncio.run(ControlPlane(Job(listener.url, "acct", "job-1")).ask({}))
+    assert answer.state is state
+
+
+@pytest.mark.parametrize(("later", "questions"), [(0.99, 1), (1.0, 2)])
+def test_an_answer_is_good_for_one_second(mocker: Any, later: float, questions: int) -> None:
+    fetch = mocker.patch.object(ControlPlane, "_fetch", return_value=(200, RUNNING))
+    now = mocker.patch("time.monotonic", return_value=500.0)
+
+    async def ask() -> tuple[Answer, Answer]:
+        control_plane = ControlPlane(NOWHERE)
+        first = await control_plane.ask({})
+        now.return_value += later
+        return first, await control_plane.ask({})
+
+    first, second = asyncio.run(ask())
+    assert fetch.call_count == questions
+    assert (first is second) is (questions == 1)
+    assert first.at == 500.0
+
+
+def test_an_answer_that_took_long_is_good_from_its_end(mocker: Any) -> None:
+    now = mocker.patch("time.monotonic", return_value=500.0)
+    told: list[Any] = []
+    unsubscribe = tinker_routefix.subscribe(told.append)
+
+    async def slow(*_: object) -> tuple[int, bytes]:
+        now.return_value += 4.1239
+        return 200, RUNNING
+
+    fetch = mocker.patch.object(ControlPlane, "_fetch", side_effect=slow)
+
+    async def ask() -> None:
+        control_plane = ControlPlane(NOWHERE)
+        await control_plane.ask({})
+        await control_plane.ask({})
+
+    asyncio.run(ask())
+    unsubscribe()
+    assert fetch.call_count == 1
+    (answered,) = told
+    assert answered.seconds == 4.124
+
+
+def test_who_asks_after_a_failure_asks_anew(mocker: Any) -> None:
+    """Its word holds for as long as a good one's, and no longer."""
+    outcomes = [ValueError("no"), (200, RUNNING)]
+    mocker.patch.object(ControlPlane, "_fetch", side_effect=outcomes)
+    now = mocker.patch("time.monotonic", return_value=500.0)
+
+    async def ask() -> list[str]:
+        control_plane = ControlPlane(NOWHERE)
+        said = []
+        for _ in range(3):
+            said.append((await control_plane.ask({})).said)
+            now.return_value += 0.6
+        return said
+
+    failed = "no answer (ValueError)"
+    assert asyncio.run(ask()) == [failed, failed, "JOB_STATE_RUNNING"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("JOB_STATE_" + "X" * 60, "JOB_STATE_" + "X" * 60),
+        ("JOB_STATE_" + "X" * 61, "a strange state"),
+        ("JOB_STATE_", "a strange state"),
+        ("JOB_STATE_NEW lines\n", "a strange state"),
+        ("MY_JOB_STATE_NEW", "a strange state"),
+        ("RUNNING", "RUNNING"),
+    ],
+)
+def test_how_much_of_a_new_state_is_repeated(word: str, said: str) -> None:
+    assert read_answer(200, json.dumps({"state": word}).encode())[1] == said
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_tls_is_verified_but_where_the_manager_does_not(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, verify: bool
+) -> None:
+    """The key goes to nobody who merely answers at that address."""
+    made: list[dict[str, Any]] = []
+    init = httpx.AsyncClient.__init__
+
+    def note(self: httpx.AsyncClient, **kwargs: Any) -> None:
+        made.append(kwargs)
+        init(self, **kwargs)
+
+    monkeypatch.setattr(httpx.AsyncClient, "__init__", note)
+    monkeypatch.setattr(_control_plane, "_known", {})
+    address = Address(f"{scheme}://127.0.0.1:9", None, verify=verify)
+    _control_plane.learn(NOWHERE.gateway, lambda: address)
+    answer = asyncio.run(ControlPlane(NOWHERE).ask({}))
+    assert answer.said == "no answer (ConnectError)"
+    (kwargs,) = made
+    context = kwargs["verify"]
+    if scheme == "https" and verify:
+        assert context.verify_mode is ssl.CERT_REQUIRED
+        assert context.check_hostname
+    else:
+        # Nothing to verify, or by the user's own will; and no time spent on a context.
+        assert context is False
+
+
+def test_all_questions_share_one_tls_context(monkeypatch: pytest.MonkeyPatch, mocker: Any) -> None:
+    monkeypatch.setattr(_control_plane, "_tls", None)
+    create: Callable[..., Any] = mocker.spy(httpx, "create_ssl_context")
+
+    async def contexts() -> list[ssl.SSLContext]:
+        return [await _control_plane.tls_context() for _ in range(3)]
+
+    first, *others = asyncio.run(contexts())
+    assert all(other is first for other in others)
+    assert create.call_count == 1  # type: ignore[attr-defined]
+
+
+def test_probes_verify_tls_as_tinker_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the certificates that the environment names; read once."""
+    _sdk._tls_context.cache_clear()
+    try:
+        context = _sdk._tls_context()
+        assert context.verify_mode is ssl.CERT_REQUIRED
+        assert context.check_hostname
+        assert _sdk._tls_context() is context
+        _sdk._tls_context.cache_clear()
+        # One without certificates is refused, so it was read.
+        own = tmp_path / "ca.pem"
+        own.touch()
+        monkeypatch.setenv("SSL_CERT_FILE", str(own))
+        with pytest.raises(ssl.SSLError):
+            _sdk._tls_context()
+    finally:
+        _sdk._tls_context.cache_clear()

@@ -1,0 +1,720 @@
+"""Policies, route and prober together, in virtual time.
+
+The event loop is asyncio's own, but where it would sleep, the clock is put forward instead. So
+half a minute of waiting takes no time, every moment is exact, and a loop in which nothing
+would ever happen again is an error and not a hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections import Counter
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import tinker_routefix
+from tests.test_policy import (
+    JOB,
+    ControlPlane,
+    FakeProber,
+    RefusedError,
+    Sender,
+    no_probe,
+    replay,
+    route,
+)
+from tinker_routefix import _log, _route, events
+from tinker_routefix._control_plane import Answer, JobState
+from tinker_routefix._retry import Waiting
+from tinker_routefix._route import Route
+from tinker_routefix._warmup import RouteTimeoutError, light_prober, warm_up
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+
+    from tinker_routefix._retry import Probe, Replay
+
+FOREVER = float("inf")
+
+
+def about(seconds: float) -> Any:
+    return pytest.approx(seconds, abs=1e-3)
+
+
+class Time:
+    """The clock, and an event loop that lives by it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        patch.setattr("time.monotonic", lambda: self.now)
+        patch.setattr("random.uniform", lambda _, high: high)
+        # It has noted moments of other clocks.
+        patch.setattr(_log, "_own_failures", _log.RateLimit(seconds=60.0))
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the test began."""
+        return round(self.now - 1000.0, 3)
+
+    def run(self, program: Coroutine[Any, Any, Any]) -> Any:
+        def loop() -> asyncio.AbstractEventLoop:
+            return asyncio.SelectorEventLoop(Selector(self))
+
+        with asyncio.Runner(loop_factory=loop) as runner:
+            return runner.run(program)
+
+
+class Selector(selectors.DefaultSelector):
+    def __init__(self, time: Time) -> None:
+        super().__init__()
+        self.time = time
+        self.turns = 0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        ready = super().select(0)
+        self.turns += 1
+        assert self.turns < 100_000, "this goes on for ever"
+        if not ready:
+            assert timeout is not None, "nothing will ever happen again"
+            self.time.now += timeout
+        # No two turns of a loop are ever at the same moment.
+        self.time.now += 1e-7
+        return ready
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)
+
+
+class Gateway:
+    """Refuses what comes before a moment, and notes when something came."""
+
+    def __init__(self, time: Time, *, heals: float, seconds: float = 0.0) -> None:
+        self.time = time
+        self.heals = heals
+        self.seconds = seconds
+        """How long it takes to answer."""
+        self.came: list[float] = []
+
+    async def __call__(self) -> str:
+        self.came.append(self.time.passed)
+        stale = self.time.passed < self.heals
+        await asyncio.sleep(self.seconds)
+        if stale:
+            raise RefusedError(f"at {self.came[-1]}")
+        return "answer"
+
+
+class Prober(FakeProber):
+    """Probes a gateway; to be opened as the shim opens one."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__()
+        self.gateway = gateway
+        self.opened = self.closed = 0
+
+    async def __call__(self) -> None:
+        await self.gateway()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Any]:
+        self.opened += 1
+        try:
+            yield self
+        finally:
+            self.closed += 1
+
+
+def prober(time: Time, *, heals: float, seconds: float = 0.0) -> Prober:
+    return Prober(Gateway(time, heals=heals, seconds=seconds))
+
+
+def request(on: Route, send: Any, probe: Probe) -> Replay:
+    """A request that has just been refused."""
+    made = replay(on, send)
+    made._probe = probe
+    return made
+
+
+async def in_parallel(requests: list[Replay]) -> list[Any]:
+    return await asyncio.gather(*(one.run() for one in requests), return_exceptions=True)
+
+
+# --- One request and the prober ----------------------------------------------------------
+
+
+def test_a_replay_goes_out_when_a_probe_has_come_through(time: Time) -> None:
+    on, light, gateway = route(), prober(time, heals=5), Gateway(time, heals=5)
+    replayed = request(on, gateway, light_prober(on, light.open))
+    assert time.run(replayed.run()) == "answer"
+    # The first wait is over before the route is back, the second one ends with it.
+    assert gateway.came == [2, 5]
+    assert light.gateway.came[-1] == 5
+    assert replayed.full_waits == 1
+    assert on.counters.probes == len(light.gateway.came)
+    assert (light.opened, light.closed) == (1, 1)
+
+
+def test_the_pace_of_the_prober(time: Time) -> None:
+    """Four probes in the first second, two a second for half a minute, then one."""
+    on, light = route(), prober(time, heals=FOREVER)
+
+    async def wait() -> None:
+        with on.incident():
+            waiting = Waiting(on, light_prober(on, light.open), longest=60)
+            await waiting.sleep(40)
+
+    time.run(wait())
+    came = light.gateway.came
+    assert came[:6] == [0, 0.25, 0.5, 0.75, 1, 1.5]
+    per_second = Counter(int(at) for at in came)
+    assert [per_second[second] for second in range(40)] == [4] + [2] * 29 + [1] * 10
+
+
+def test_nobody_waits_and_nobody_probes(time: Time) -> None:
+    """A replay that is on its way is as good as a probe."""
+    on, light = route(), prober(time, heals=FOREVER)
+    slow = Gateway(time, heals=3, seconds=10)
+    assert time.run(request(on, slow, light_prober(on, light.open)).run()) == "answer"
+    assert slow.came == [2, 16]
+    assert not [at for at in light.gateway.came if 2 < at < 12]
+    assert [at for at in light.gateway.came if 12 <= at < 16]
+
+
+def test_an_incident_close_upon_another_brings_no_burst_of_probes(time: Time) -> None:
+    on, light = route(), prober(time, heals=FOREVER)
+
+    async def wait() -> None:
+        for _ in range(20):
+            with on.incident():
+                await Waiting(on, light_prober(on, light.open), longest=60).sleep(0.1)
+
+    time.run(wait())
+    assert light.opened == light.closed == 20
+    assert all(later - earlier > 0.22 for earlier, later in pairwise(light.gateway.came))
+    assert len(light.gateway.came) == 7
+
+
+def test_a_probe_that_is_slow_is_not_overtaken(time: Time) -> None:
+    on, light = route(), prober(time, heals=FOREVER, seconds=3)
+
+    async def wait() -> None:
+        with on.incident():
+            await Waiting(on, light_prober(on, light.open), longest=60).sleep(10)
+
+    time.run(wait())
+    assert all(later - earlier >= 3 for earlier, later in pairwise(light.gateway.came))
+
+
+def test_without_a_prober_waits_run_their_length(
+    time: Time, settings: Callable[..., None], overheard: Any
+) -> None:
+    settings(strict=False)
+    on, gateway, opened = route(), Gateway(time, heals=5), 0
+
+    @asynccontextmanager
+    async def broken() -> AsyncIterator[Any]:
+        nonlocal opened
+        opened += 1
+        raise OSError("too many open files")
+        yield
+
+    assert time.run(request(on, gateway, light_prober(on, broken)).run()) == "answer"
+    assert gateway.came == [2, 6]
+    # Whoever waits next tries again.
+    assert opened == 2
+    assert "shim.failed" in overheard.events
+
+
+# --- What is told ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told() -> Iterator[list[Any]]:
+    seen: list[Any] = []
+    unsubscribe = tinker_routefix.subscribe(seen.append)
+    yield seen
+    unsubscribe()
+
+
+def facts(told: list[Any]) -> list[tuple[Any, ...]]:
+    """Class, number of replays and seconds of each event."""
+    return [(type(one), one.replays, getattr(one, "seconds", None)) for one in told]
+
+
+def test_a_replay_is_told_to_the_millisecond(
+    time: Time, settings: Callable[..., None], told: list[Any]
+) -> None:
+    settings(base_delay=0.1239)
+    on, gateway = route(), Gateway(time, heals=0.2)
+    assert time.run(request(on, gateway, no_probe).run()) == "answer"
+    assert facts(told) == [
+        (events.Refused, 0, None),
+        (events.Replayed, 1, 0.124),
+        (events.Refused, 1, None),
+        (events.Replayed, 2, 0.372),
+        (events.Recovered, 2, 0.372),
+    ]
+    assert on.counters.longest_wait == about(0.3717)
+    assert on.counters.last_intervention is not None
+
+
+def test_a_wait_is_told_to_the_millisecond_too(
+    time: Time, settings: Callable[..., None], overheard: Any
+) -> None:
+    settings(base_delay=6.12345)
+    time.run(in_parallel([request(route(), Gateway(time, heals=7), no_probe)]))
+    waiting = [line for line in overheard.lines if "'route.waiting'" in line]
+    assert len(waiting) == 2
+    assert "not there yet after 6.1 s" in waiting[1]
+    assert "'routefix_seconds': 6.123," in waiting[1]
+
+
+def test_a_warm_up_is_told_to_the_millisecond(time: Time, told: list[Any]) -> None:
+    on, light = route(warm=False), prober(time, heals=0, seconds=0.12345)
+    time.run(warm_up(on, light.open))
+    started, ended = told
+    assert type(started) is events.WarmupStarted
+    assert (ended.outcome, ended.rounds, ended.seconds, ended.error) == ("warm", 1, 0.123, None)
+    assert on.counters.longest_wait == 0
+
+
+def test_the_longest_wait_is_that_of_the_worst_request(
+    time: Time, settings: Callable[..., None]
+) -> None:
+    settings(max_replays=1)
+    on = route()
+    for heals, longest in ((2, 2), (0, 2), (FOREVER, 2)):
+        gateway = Gateway(time, heals=time.passed + heals)
+        time.run(in_parallel([request(on, gateway, no_probe)]))
+        assert on.counters.longest_wait == about(longest)
+    settings(max_replays=2)
+    time.run(in_parallel([request(on, Gateway(time, heals=FOREVER), no_probe)]))
+    assert on.counters.longest_wait == about(6)
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [(JobState.RUNNING, events.GivenUp), (JobState.OVER, events.FailedFast)],
+)
+def test_how_it_ended_is_told_as_it_is_noted(
+    time: Time,
+    settings: Callable[..., None],
+    told: list[Any],
+    state: JobState,
+    kind: type[events.GivenUp],
+) -> None:
+    settings(max_replays=1)
+    with pytest.raises(RefusedError) as caught:
+        time.run(request(route(state), Gateway(time, heals=FOREVER), no_probe).run())
+    last: Any = told[-1]
+    assert type(last) is kind
+    assert last.said == f"JOB_STATE_{state.name}"
+    assert caught.value.__notes__ == [f"tinker_routefix: {last}"]
+
+
+# --- Some replicas know the route, others do not -----------------------------------------
+
+
+def test_a_half_healed_route_costs_pace_and_no_replays(time: Time) -> None:
+    """Every probe comes through and every replay but the last meets the 404."""
+    on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=20)
+    replayed = request(on, gateway, light_prober(on, light.open))
+    assert time.run(replayed.run()) == "answer"
+    assert replayed.full_waits == 0
+    assert gateway.came[:5] == [0, 0.5, 1, 1.5, 2]
+    assert gateway.came[-1] == 20
+    assert max(Counter(int(at) for at in gateway.came).values()) == 2
+    assert replayed.replays == len(gateway.came) == on.counters.replays
+
+
+def test_a_half_healed_route_is_tried_for_the_whole_budget_and_no_longer(time: Time) -> None:
+    on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=FOREVER)
+    with pytest.raises(RefusedError) as caught:
+        time.run(request(on, gateway, light_prober(on, light.open)).run())
+    assert time.passed == 30
+    assert len(gateway.came) in (60, 61)
+    assert f"{len(gateway.came)} replays in 30.0 s" in caught.value.__notes__[0]
+    assert on.counters.given_up == 1
+
+
+def test_who_gives_up_is_glad_of_the_next_answer(time: Time, settings: Callable[..., None]) -> None:
+    """It says that the route works again, and telemetry need not be dropped any more."""
+    settings(retry_budget=1)
+    on = route()
+    with pytest.raises(RefusedError):
+        time.run(request(on, Gateway(time, heals=FOREVER), no_probe).run())
+    assert on.given_up
+    assert on.watched
+    assert not on.connecting
+    on.answered()
+    assert not on.given_up
+
+
+def test_the_second_try_keeps_within_the_budget(time: Time, settings: Callable[..., None]) -> None:
+    settings(retry_budget=0.3)
+    on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=FOREVER)
+    with pytest.raises(RefusedError):
+        time.run(request(on, gateway, light_prober(on, light.open)).run())
+    assert gateway.came == [0, 0.3]
+
+
+def test_the_pace_does_not_stretch_a_wait(time: Time, settings: Callable[..., None]) -> None:
+    """The shorter one of the two holds."""
+    settings(base_delay=0.2, max_delay=0.2)
+    on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=3)
+    assert time.run(request(on, gateway, light_prober(on, light.open)).run()) == "answer"
+    assert all(later - earlier <= 0.201 for earlier, later in pairwise(gateway.came))
+
+
+def test_an_answer_from_before_the_last_refusal_is_no_news(time: Time) -> None:
+    """The first replay is on its way for a second, and meanwhile another request got through."""
+    on, gateway = route(), Gateway(time, heals=6, seconds=1)
+
+    async def program() -> None:
+        asyncio.get_running_loop().call_later(2.5, on.answered)
+        assert await request(on, gateway, no_probe).run() == "answer"
+
+    time.run(program())
+    assert gateway.came == [2, 7]
+
+
+def test_a_404_that_nobody_gets_holds_nothing(time: Time) -> None:
+    """Its frames lead to the request and to its body, and from there back to it."""
+    on, gateway = route(), Gateway(time, heals=5)
+    replayed = request(on, gateway, no_probe)
+    assert time.run(replayed.run()) == "answer"
+    assert str(replayed.error) == "at 2.0"
+    assert replayed.error.__traceback__ is None
+
+
+def test_the_404_that_is_handed_on_is_the_last_one(time: Time) -> None:
+    """And the others are gone at once, with all that their frames hold."""
+    on, gateway = route(*[JobState.RUNNING] * 5, JobState.OVER), Gateway(time, heals=FOREVER)
+    first = RefusedError("the first")
+    replayed = replay(on, gateway, first)
+    with pytest.raises(RefusedError, match=r"at 6\.0") as caught:
+        time.run(replayed.run())
+    assert caught.value is replayed.error
+    assert first.__traceback__ is None
+    assert not getattr(first, "__notes__", None)
+
+
+# --- Many at once ------------------------------------------------------------------------
+
+
+def test_a_hundred_share_one_prober_and_go_together(time: Time) -> None:
+    on, light, gateway = route(), prober(time, heals=10), Gateway(time, heals=10)
+    probe = light_prober(on, light.open)
+    answers = time.run(in_parallel([request(on, gateway, probe) for _ in range(100)]))
+    assert answers == ["answer"] * 100
+    assert time.passed == 10
+    assert light.opened == light.closed == 1
+    assert len(light.gateway.came) == 4 + 2 * 9 + 1
+    # Those of the full waits, and of the release.
+    assert Counter(gateway.came) == {2: 100, 6: 100, 10: 100}
+    assert on.sleepers == 0
+    assert on.counters.recovered == 100
+
+
+class OneAnswer(ControlPlane):
+    """Asked once for all who ask meanwhile, as the real one is."""
+
+    question: asyncio.Task[Answer] | None = None
+
+    async def ask(self, headers: object) -> Answer:
+        if self.question is None or self.question.done():
+            self.question = asyncio.ensure_future(self.answer(headers))
+        return await asyncio.shield(self.question)
+
+    async def answer(self, headers: object) -> Answer:
+        await asyncio.sleep(0.05)
+        return await super().ask(headers)
+
+
+def test_those_who_are_released_together_go_one_after_the_other(time: Time) -> None:
+    """A few in each turn of the loop, which has other things to do: tinker's."""
+    on, light = route(), prober(time, heals=3)
+    on.control_plane = OneAnswer()  # type: ignore[assignment]
+    sent: list[float] = []
+
+    async def send() -> None:
+        sent.append(time.now)
+        if time.passed < 3:
+            raise RefusedError("too early")
+
+    probe = light_prober(on, light.open)
+    time.run(in_parallel([request(on, send, probe) for _ in range(100)]))
+    assert len(sent) == 200
+    assert max(Counter(sent).values()) == _route.AT_ONCE
+    assert time.passed < 4
+    assert on.control_plane.questions < 10
+
+
+def test_those_who_begin_to_wait_together_do_so_one_after_the_other(
+    time: Time, told: list[Any]
+) -> None:
+    """Their polls end in one turn where the gateway closes what it held open."""
+    on = route()
+    moments: list[float] = []
+    unsubscribe = tinker_routefix.subscribe(lambda _: moments.append(time.now))
+    waiting = [request(on, Gateway(time, heals=0), no_probe) for _ in range(100)]
+    time.run(in_parallel(waiting))
+    unsubscribe()
+    met = [at for at, one in zip(moments, told, strict=True) if type(one) is events.Refused]
+    assert len(met) == 100
+    assert max(Counter(met).values()) == _route.AT_ONCE
+
+
+def test_a_request_that_comes_through_releases_the_others(time: Time) -> None:
+    """Whatever it was: no probe is needed, and nobody waits to the end."""
+    on, gateway = route(), Gateway(time, heals=3)
+
+    async def program() -> None:
+        asyncio.get_running_loop().call_later(3, on.answered)
+        assert (
+            await in_parallel([request(on, gateway, no_probe) for _ in range(5)]) == ["answer"] * 5
+        )
+
+    time.run(program())
+    assert Counter(gateway.came) == {2: 5, 3: 5}
+
+
+def test_the_prober_stays_until_the_last_one_is_through(time: Time) -> None:
+    on, light = route(), prober(time, heals=9)
+    probe = light_prober(on, light.open)
+    first, last = Sender("at once"), Gateway(time, heals=9)
+    answers = time.run(in_parallel([request(on, first, probe), request(on, last, probe)]))
+    assert answers == ["at once", "answer"]
+    assert light.opened == light.closed == 1
+    assert last.came == [2, 6, 9]
+
+
+def test_one_that_is_cancelled_leaves_the_others_waiting(time: Time) -> None:
+    on, light, gateway = route(), prober(time, heals=5), Gateway(time, heals=5)
+    probe = light_prober(on, light.open)
+
+    async def program() -> tuple[int, Any]:
+        leaves = asyncio.ensure_future(request(on, gateway, probe).run())
+        stays = asyncio.ensure_future(request(on, gateway, probe).run())
+        await asyncio.sleep(3)
+        leaves.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaves
+        return on.sleepers, await stays
+
+    assert time.run(program()) == (1, "answer")
+    assert light.opened == light.closed == 1
+    assert Counter(gateway.came) == {2: 2, 5: 1}
+
+
+def test_who_is_cancelled_last_takes_the_prober_along(time: Time) -> None:
+    on, light = route(), prober(time, heals=FOREVER)
+
+    async def program() -> None:
+        alone = request(on, Sender(None), light_prober(on, light.open))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(alone.run(), 3)
+        probes = len(light.gateway.came)
+        await asyncio.sleep(10)
+        assert len(light.gateway.came) == probes
+        assert len(asyncio.all_tasks()) == 1
+
+    time.run(program())
+    assert (light.opened, light.closed) == (1, 1)
+    assert not on.watched
+
+
+# --- What connecting may cost ------------------------------------------------------------
+
+
+def test_requests_that_wait_at_the_same_time_spend_the_budget_once(time: Time) -> None:
+    on = route(warm=False)
+    waiting = [request(on, Gateway(time, heals=10), no_probe) for _ in range(10)]
+    assert time.run(in_parallel(waiting)) == ["answer"] * 10
+    assert time.passed == 14
+    assert on.connect_spent() == about(14)
+
+
+def test_what_an_incident_costs_counts_while_it_lasts_and_not_after(time: Time) -> None:
+    on = route(warm=False)
+    with on.incident():
+        time.now += 5
+        assert on.connect_spent() == 5
+        with on.incident():
+            time.now += 5
+        time.now += 5
+        assert on.connect_spent() == 15
+    time.now += 5
+    assert on.connect_spent() == 15
+    with on.incident():
+        time.now += 1
+        assert on.connect_spent() == 16
+
+
+@pytest.mark.parametrize(("quiet", "spent"), [(59.9, 7), (60.1, 0)])
+def test_trouble_is_forgiven_after_a_quiet_minute(time: Time, quiet: float, spent: float) -> None:
+    on = route(warm=False)
+    with on.incident():
+        time.now += 7
+    time.now += quiet
+    with on.incident():
+        assert on.connect_spent() == spent
+
+
+def test_a_warm_route_has_a_whole_budget_for_the_next_client(time: Time) -> None:
+    on = route(warm=False)
+    with on.incident():
+        time.now += 100
+        on.became_warm()
+        time.now += 1
+        assert on.connect_spent() == 1
+    assert on.warm
+
+
+def test_the_next_clients_warm_up_does_not_pay_for_earlier_trouble(time: Time) -> None:
+    """A later 404 of the running program, and a route that is gone when another one connects."""
+    on = route()
+    assert time.run(request(on, Gateway(time, heals=10), no_probe).run()) == "answer"
+    began, on.answered_at = time.passed, -FOREVER
+    light = prober(time, heals=FOREVER)
+    with pytest.raises(RouteTimeoutError):
+        time.run(warm_up(on, light.open))
+    assert time.passed - began == 120
+
+
+def test_a_replay_that_began_while_connecting_stays_patient(time: Time) -> None:
+    """Though another client's first request has been made meanwhile."""
+    on, gateway = route(JobState.UNKNOWN, warm=False), Gateway(time, heals=40)
+
+    async def program() -> None:
+        asyncio.get_running_loop().call_later(1, setattr, on, "worked", True)
+        assert await request(on, gateway, no_probe).run() == "answer"
+
+    time.run(program())
+    assert gateway.came == [2, 6, 14, 22, 30, 38, 46]
+
+
+def test_connecting_is_over_with_the_first_work_or_the_first_warm_up() -> None:
+    on = route(warm=False)
+    assert on.connecting
+    on.worked = True
+    assert not on.connecting
+    on = route(warm=False)
+    on.became_warm()
+    assert not on.connecting
+
+
+# --- The warm-up -------------------------------------------------------------------------
+
+
+def test_the_warm_up_goes_on_when_a_light_probe_has_come_through(time: Time) -> None:
+    on, light = route(warm=False), prober(time, heals=5)
+    time.run(warm_up(on, light.open))
+    assert on.warm
+    # Three at once, and then one after the other: after the first full wait, where the first
+    # one fails, and when a light probe has come through.
+    came = light.gateway.came
+    assert came[:3] == [0, 0, 0]
+    assert came[-4:] == [5, 5.5, 6, 6.5]
+    assert time.passed == 6.5
+    assert on.counters.probes == len(light.gateway.came)
+    assert (on.counters.warmups, on.counters.warmup_seconds) == (1, about(6.5))
+    assert on.counters.recovered == 1
+    assert light.opened == light.closed == 2
+
+
+def test_a_healthy_warm_up_is_one_round_and_nothing_to_remember(time: Time) -> None:
+    on, light = route(warm=False), prober(time, heals=0, seconds=0.05)
+    on.given_up = True
+    time.run(warm_up(on, light.open))
+    assert light.gateway.came == [0, 0, 0]
+    assert on.counters.probes == 3
+    assert on.counters.warmups == 1
+    assert on.counters.warmup_seconds == about(0.05)
+    assert on.counters.recovered == 0
+    assert on.counters.last_intervention is None
+    assert not on.given_up
+    assert light.opened == light.closed == 1
+
+
+@pytest.mark.parametrize("order", [(None, ValueError("500"), "ok"), (ValueError("500"), None)])
+def test_a_404_in_a_round_weighs_more_than_another_error(time: Time, order: Any) -> None:
+    """The route is stale for sure; the other error may come of that."""
+    on, light = route(warm=False), FakeProber(*order, "ok")
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Any]:
+        yield light
+
+    time.run(warm_up(on, opened))
+    assert on.warm
+    assert on.counters.last_intervention is not None
+
+
+def test_a_warm_up_that_fails_says_what_it_saw(
+    time: Time, settings: Callable[..., None], told: list[Any]
+) -> None:
+    settings(warmup_timeout=9)
+    on = route(JobState.ON_ITS_WAY, warm=False)
+    light = prober(time, heals=FOREVER)
+    with pytest.raises(RouteTimeoutError) as caught:
+        time.run(warm_up(on, light.open))
+    said = str(caught.value)
+    assert "acct/job" in said
+    assert "after 9.0 s and 4 rounds" in said
+    assert "JOB_STATE_ON_ITS_WAY" in said
+    assert on.given_up
+    assert (on.counters.given_up, on.counters.failed_fast) == (1, 0)
+    assert on.counters.recovered == 0
+    assert on.counters.longest_wait == about(9)
+    assert (told[-1].outcome, told[-1].error) == ("timeout", "RefusedError")
+    assert on.counters.warmup_seconds == about(9)
+
+
+def test_a_warm_up_of_a_job_that_is_over_says_so_too(time: Time, told: list[Any]) -> None:
+    on, light = route(JobState.OVER, warm=False), prober(time, heals=FOREVER)
+    with pytest.raises(RefusedError) as caught:
+        time.run(warm_up(on, light.open))
+    assert "after 0.0 s and 1 rounds" in caught.value.__notes__[0]
+    assert on.given_up
+    assert (on.counters.given_up, on.counters.failed_fast) == (0, 1)
+    assert on.counters.recovered == 0
+    assert (told[-1].outcome, told[-1].error) == ("over", "RefusedError")
+
+
+# --- Loops and jobs ----------------------------------------------------------------------
+
+
+def test_one_loop_has_one_route_to_a_job_and_another_loop_another() -> None:
+    async def routes() -> tuple[Route, Route]:
+        return _route.route_to(JOB), _route.route_to(JOB)
+
+    first = asyncio.new_event_loop()
+    second = asyncio.new_event_loop()
+    try:
+        one, same = first.run_until_complete(routes())
+        other, _ = second.run_until_complete(routes())
+        assert one is same
+        assert one is not other
+        assert {one, other} <= set(_route.all_routes())
+    finally:
+        first.close()
+        second.close()
+
+
+def test_where_nobody_waits_an_answer_is_no_news() -> None:
+    on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
+    assert not on.watched
+    with on.incident():
+        assert on.watched
+    assert not on.watched
+    on.given_up = True
+    assert on.watched
+    on.answered()
+    assert not on.watched
