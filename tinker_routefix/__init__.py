@@ -15,32 +15,49 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ._log import RoutefixWarning
-    from ._status import JobStatus, SeamStatus, Status, status
+    from ._status import (
+        AutoloadStatus,
+        JobStatus,
+        SdkStatus,
+        SeamStatus,
+        SettingStatus,
+        Status,
+        status,
+    )
     from ._version import __version__
     from ._warmup import RouteTimeoutError
+    from .events import subscribe
 
 __all__ = [
+    "AutoloadStatus",
     "JobStatus",
     "RouteTimeoutError",
     "RoutefixWarning",
+    "SdkStatus",
     "SeamStatus",
     "SettingError",
+    "SettingStatus",
     "Status",
     "__version__",
     "configure",
     "install",
     "status",
+    "subscribe",
     "uninstall",
 ]
 
 _LAZY = {
+    "AutoloadStatus": "_status",
     "JobStatus": "_status",
     "RouteTimeoutError": "_warmup",
     "RoutefixWarning": "_log",
+    "SdkStatus": "_status",
     "SeamStatus": "_status",
+    "SettingStatus": "_status",
     "Status": "_status",
     "__version__": "_version",
     "status": "_status",
+    "subscribe": "events",
 }
 
 

@@ -153,6 +153,11 @@ def unusable() -> str | None:
     return "; ".join(_missing[sdk.name] for sdk in SDKS if sdk.name in _missing) or None
 
 
+def misfit(sdk: Sdk) -> str | None:
+    """Why an SDK that was found is not patched."""
+    return _missing.get(sdk.name)
+
+
 def install() -> None:
     """Switch the shim on: wrap what is imported already, and the rest when it comes.
 

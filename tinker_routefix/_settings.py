@@ -18,7 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ._log import RoutefixWarning
-from ._switch import KILL_SWITCH, SettingError, parse_switch
+from ._switch import AUTOLOAD, KILL_SWITCH, SettingError, parse_switch
 
 Parser = Callable[[str, Any], Any]
 
@@ -47,26 +47,31 @@ def _seconds(name: str, value: Any) -> float:
     return number
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address can only mean this machine."""
+def http_on_loopback(base: str) -> bool:
+    """Whether a URL is plain http to this very machine."""
+    parts = urlsplit(base)
+    host = parts.hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        loopback = host == "localhost"
+    return parts.scheme == "http" and loopback
 
 
 def _control_plane_url(name: str, value: Any) -> str:
-    expected = "an https URL (http only on loopback) without user name, query or fragment"
-    try:
-        parts = urlsplit(str(value))
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise SettingError(name, "(hidden)", expected) from None
-    secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host or ""))
-    if not host or not secure or "@" in parts.netloc or parts.query or parts.fragment:
-        # Whatever was pasted here may hold a key: the refusal does not repeat it.
-        raise SettingError(name, "(hidden)", expected)
-    return str(value).rstrip("/")
+    # Here, because it is seldom needed, and the import of this module has to be cheap.
+    from ._job import base_of
+
+    text = str(value)
+    base = base_of(text)
+    more = any(mark in text for mark in "@?#")
+    if base is None or more or not (base.startswith("https:") or http_on_loopback(base)):
+        # Whatever was pasted here may hold a key: the refusal repeats no more than the host.
+        shown = "(hidden)" if base is None else "/".join(base.split("/")[:3])
+        raise SettingError(
+            name, shown, "an https URL (http only on loopback) without user name, query or fragment"
+        )
+    return base
 
 
 def _match(name: str, value: Any) -> str:
@@ -105,7 +110,11 @@ class Settings:
     control_plane_url: str | None = _setting(
         None, _control_plane_url, "TINKER_ROUTEFIX_CONTROL_PLANE_URL"
     )
-    """The control plane's URL up to, not including, ``/v1``; default: the gateway's own origin."""
+    """The control plane's URL up to, not including, ``/v1``; default: the gateway's own origin.
+
+    It must be https. On loopback it may be http, but is asked only about jobs whose gateway is
+    http on loopback too.
+    """
     control_plane_timeout: float = _setting(5.0, _seconds, "TINKER_ROUTEFIX_CONTROL_PLANE_TIMEOUT")
     """How long the control plane may take to answer, from connecting to the last byte."""
     match: Literal["gateway", "any"] = _setting("gateway", _match, "TINKER_ROUTEFIX_MATCH")
@@ -120,7 +129,7 @@ class Settings:
         """
         environment = os.environ if environment is None else environment
         values: dict[str, Any] = {}
-        known: set[str] = set()
+        known = {AUTOLOAD}
         for field in dataclasses.fields(cls):
             variable = field.metadata["variable"]
             known.add(variable)

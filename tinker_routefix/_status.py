@@ -7,10 +7,32 @@ without a key in what is shown.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import site
 import sys
+from importlib import metadata
+from typing import Any
 
 from . import _seams, _settings, _switch
 from ._version import __version__
+
+_STARTUP_FILE = "tinker_routefix"
+_STARTUP_MODULE = "_tinker_routefix_autoload"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SdkStatus:
+    """Something that the shim patches: which release is there, and whether it is patched."""
+
+    name: str
+    distribution: str
+    release: str | None
+    """None: not installed, or without metadata."""
+    state: str
+    """``patched``, ``not imported``, ``does not fit`` or ``replaced``: a seam of it is."""
+    detail: str | None
+    """Why it does not fit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,6 +45,29 @@ class SeamStatus:
     state: str
     """One of ``not loaded``, ``original``, ``ours``, ``ours, under another wrapper``,
     ``replaced``, ``absent``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SettingStatus:
+    """One setting, and where its value came from."""
+
+    name: str
+    variable: str
+    value: Any
+    source: str
+    """``default``, ``environment`` or ``configure()``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AutoloadStatus:
+    """The zero-line way, as this interpreter has it."""
+
+    requested: str
+    """What ``TINKER_ROUTEFIX_AUTOLOAD`` says: ``on``, ``off``, ``refused`` or ``unset``."""
+    file: str | None
+    """The file that this interpreter reads at its start; None: not in place."""
+    in_force: bool
+    """It was in place and asked for when this process began."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,6 +90,8 @@ class JobStatus:
     given_up: int
     failed_fast: int
     telemetry_dropped: int
+    longest_wait: float
+    """From a request's first 404 to its end, or for a warm-up that met one."""
     warmups: int
     warmup_seconds: float
     last_intervention: float | None
@@ -62,6 +109,9 @@ class Status:
     """Why it is active or not, in a sentence."""
     seams: tuple[SeamStatus, ...]
     jobs: tuple[JobStatus, ...]
+    sdks: tuple[SdkStatus, ...]
+    settings: tuple[SettingStatus, ...]
+    autoload: AutoloadStatus
 
     @property
     def last_intervention(self) -> float | None:
@@ -84,7 +134,86 @@ def status() -> Status:
             for _, seam, state in states
         ),
         jobs=_jobs(),
+        sdks=tuple(
+            _sdk(sdk, {state for other, _, state in states if other is sdk}) for sdk in _seams.SDKS
+        ),
+        settings=_settings_in_force(),
+        autoload=_autoload(),
     )
+
+
+@functools.cache
+def _release(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _sdk(sdk: _seams.Sdk, standing: set[_seams.SeamState]) -> SdkStatus:
+    state = _seams.SeamState
+    misfit = _seams.misfit(sdk)
+    if misfit is not None:
+        word = "does not fit"
+    elif state.REPLACED in standing:
+        word = "replaced"
+    else:
+        word = "patched" if standing <= {state.OURS, state.BURIED} else "not imported"
+    return SdkStatus(sdk.name, sdk.distribution, _release(sdk.distribution), word, misfit)
+
+
+def _settings_in_force() -> tuple[SettingStatus, ...]:
+    current = _settings.current()
+    return tuple(
+        SettingStatus(
+            field.name,
+            field.metadata["variable"],
+            getattr(current, field.name),
+            _source(field, getattr(current, field.name)),
+        )
+        for field in dataclasses.fields(current)
+    )
+
+
+def _source(field: dataclasses.Field[Any], value: Any) -> str:
+    variable = field.metadata["variable"]
+    text = os.environ.get(variable, "").strip()
+    try:
+        if text and field.metadata["parse"](variable, text) == value:
+            return "environment"
+    except _switch.SettingError:  # set to something else after it was read
+        pass
+    return "default" if value == field.default else "configure()"
+
+
+def _autoload() -> AutoloadStatus:
+    text = os.environ.get(_switch.AUTOLOAD, "").strip()
+    try:
+        requested = "on" if text and _switch.parse_switch(_switch.AUTOLOAD, text) else "off"
+    except _switch.SettingError:
+        requested = "refused"
+    started = sys.modules.get(_STARTUP_MODULE)
+    return AutoloadStatus(
+        requested=requested if text else "unset",
+        file=_startup_file(),
+        in_force=requested == "on" and getattr(started, "waiting", False),
+    )
+
+
+def _startup_file() -> str | None:
+    """What this interpreter reads at its start; a directory of PYTHONPATH has no say."""
+    if sys.flags.no_site:
+        return None
+    directories = site.getsitepackages()
+    if site.ENABLE_USER_SITE:
+        directories.append(site.getusersitepackages())
+    endings = (".start", ".pth") if sys.version_info >= (3, 15) else (".pth",)
+    for directory in directories:
+        for ending in endings:
+            file = os.path.join(directory, _STARTUP_FILE + ending)  # noqa: PTH118 - no pathlib
+            if os.path.isfile(file):  # noqa: PTH113
+                return file
+    return None
 
 
 def _in_force() -> tuple[bool, str]:

@@ -7,6 +7,8 @@ line, so this module needs only ``os`` and is all that such a process loads.
 import os
 
 KILL_SWITCH = "TINKER_ROUTEFIX"
+AUTOLOAD = "TINKER_ROUTEFIX_AUTOLOAD"
+"""Read at the start of Python, outside of this package."""
 
 ON_WORDS = ("1", "true", "t", "yes", "y", "on")
 OFF_WORDS = ("0", "false", "f", "no", "n", "off")
