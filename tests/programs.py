@@ -5,6 +5,7 @@ The programs do not know of the shim: the same ones run with it and without.
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tinker
 from tinker import types
+from tinker.lib.public_interfaces import training_client
 
 import tinker_routefix
 from tests.common import CANARY as CANARY
@@ -77,8 +79,10 @@ def train_pipelined(client: Any, steps: int = 1) -> None:
 
 
 def many_parts() -> list[types.Datum]:
-    """A batch that every release splits into several submissions (1,024 examples each)."""
-    return [datum(1) for _ in range(2 * 1024 + 2)]
+    """A batch that every release splits into three submissions."""
+    # Before 0.7.0 a submission holds 128 examples; from 0.25.0 on the server says how many.
+    longest = getattr(training_client, "MAX_CHUNK_LEN", 1024)
+    return [datum(1) for _ in range(2 * longest + 2)]
 
 
 def save(client: Any, name: str) -> Any:
@@ -92,7 +96,10 @@ def load(client: Any, path: str) -> Any:
 
 
 def sampler(client: Any) -> Any:
-    return settled(client.save_weights_and_get_sampling_client())
+    save = client.save_weights_and_get_sampling_client
+    # Before 0.3.0 the weights have to have a name; later one has no effect, then a warning.
+    named = inspect.signature(save).parameters["name"].default is inspect.Parameter.empty
+    return settled(save("sampler") if named else save())
 
 
 def sample(client: Any) -> Any:

@@ -128,33 +128,56 @@ def test_how_much_of_a_new_state_is_repeated(word: str, said: str) -> None:
     assert read_answer(200, json.dumps({"state": word}).encode())[1] == said
 
 
-@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
-@pytest.mark.parametrize("scheme", ["https", "http"])
-def test_tls_is_verified_but_where_the_manager_does_not(
-    monkeypatch: pytest.MonkeyPatch, scheme: str, verify: bool
-) -> None:
-    """The key goes to nobody who merely answers at that address."""
-    made: list[dict[str, Any]] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What httpx clients are made with."""
+    seen: list[dict[str, Any]] = []
     init = httpx.AsyncClient.__init__
 
     def note(self: httpx.AsyncClient, **kwargs: Any) -> None:
-        made.append(kwargs)
+        seen.append(kwargs)
         init(self, **kwargs)
 
     monkeypatch.setattr(httpx.AsyncClient, "__init__", note)
     monkeypatch.setattr(_control_plane, "_known", {})
+    return seen
+
+
+def assert_verifies(context: ssl.SSLContext) -> None:
+    assert context.verify_mode is ssl.CERT_REQUIRED
+    assert context.check_hostname
+
+
+@pytest.mark.parametrize("by", ["gateway", "settings"])
+def test_tls_is_verified(
+    settings: Callable[..., None], made: list[dict[str, Any]], by: str
+) -> None:
+    """The key goes to nobody who merely answers at that address."""
+    job = Job("https://127.0.0.1:9", "acct", "job")
+    if by == "settings":
+        settings(control_plane_url="https://127.0.0.1:9")
+        job = Job("https://gateway.example", "acct", "job")
+    answer = asyncio.run(ControlPlane(job).ask({}))
+    assert answer.said == "no answer (ConnectError)"
+    (kwargs,) = made
+    assert_verifies(kwargs["verify"])
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_tls_is_verified_but_where_the_job_manager_does_not(
+    made: list[dict[str, Any]], scheme: str, verify: bool
+) -> None:
     address = Address(f"{scheme}://127.0.0.1:9", None, verify=verify)
     _control_plane.learn(NOWHERE.gateway, lambda: address)
     answer = asyncio.run(ControlPlane(NOWHERE).ask({}))
     assert answer.said == "no answer (ConnectError)"
     (kwargs,) = made
-    context = kwargs["verify"]
     if scheme == "https" and verify:
-        assert context.verify_mode is ssl.CERT_REQUIRED
-        assert context.check_hostname
+        assert_verifies(kwargs["verify"])
     else:
         # Nothing to verify, or by the user's own will; and no time spent on a context.
-        assert context is False
+        assert kwargs["verify"] is False
 
 
 def test_all_questions_share_one_tls_context(monkeypatch: pytest.MonkeyPatch, mocker: Any) -> None:
@@ -174,8 +197,7 @@ def test_probes_verify_tls_as_tinker_does(tmp_path: Path, monkeypatch: pytest.Mo
     _sdk._tls_context.cache_clear()
     try:
         context = _sdk._tls_context()
-        assert context.verify_mode is ssl.CERT_REQUIRED
-        assert context.check_hostname
+        assert_verifies(context)
         assert _sdk._tls_context() is context
         _sdk._tls_context.cache_clear()
         # One without certificates is refused, so it was read.

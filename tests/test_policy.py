@@ -390,9 +390,12 @@ def test_the_warm_up_waits_for_everything_else(clock: Clock, state: JobState) ->
 
 def test_no_warm_up_where_the_settings_say_so(clock: Clock, settings: Callable[..., None]) -> None:
     settings(warmup_successes=0)
-    prober = FakeProber(None)
-    warm_up(route(), prober)
+    on, prober = route(warm=False), FakeProber(None)
+    warm_up(on, prober)
     assert prober.send.sent == 0
+    # So nothing is known of the route.
+    assert on.connecting
+    assert on.counters.warmups == 0
 
 
 def test_a_failure_of_our_own_does_not_stop_anyone_from_connecting(

@@ -1,22 +1,27 @@
 """All the published releases of tinker have what the shim relies on, and the books agree.
 
 Nothing is downloaded or imported: `python -m tools.releases` has looked at every wheel, and
-these tests judge what it wrote down.
+these tests judge what it wrote down. And the tools that look, survey and compare can fail.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib.util
 import itertools
+import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
+import httpx
 import pytest
+from click.testing import CliRunner
 
 from tests import releases as files
 from tests.releases import look
+from tools import latest, readme, survey
+from tools import releases as index
 
 RELEASES = files.releases()
 ATLAS = files.atlas()
@@ -44,15 +49,17 @@ def test_where_the_shape_changes_is_a_boundary() -> None:
 
 
 def test_the_matrix_tests_releases_that_exist() -> None:
-    noxfile = Path(__file__).parent.parent / "noxfile.py"
-    if not noxfile.is_file():
-        pytest.skip("there is no noxfile beside these tests")
-    (tinkers,) = (
-        ast.literal_eval(statement.value)
-        for statement in ast.parse(noxfile.read_text("utf-8")).body
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "TINKERS"
-    )
-    assert set(tinkers) - {"newest"} <= set(RELEASES)
+    assert set(readme.constant("TINKERS")) - {"newest"} <= set(RELEASES)
+
+
+def test_every_file_of_tests_is_run_by_a_session() -> None:
+    noxfile = (readme.ROOT / "noxfile.py").read_text("utf-8")
+    here = [f'"tests/{path.name}"' for path in Path(__file__).parent.glob("test_*.py")]
+    assert not [name for name in here if name not in noxfile]
+
+
+def test_the_readme_says_what_the_data_say() -> None:
+    assert readme.README.read_text("utf-8") == readme.text(), "run `python -m tools.releases`"
 
 
 @pytest.mark.parametrize("release", ATLAS)
@@ -159,3 +166,96 @@ def test_what_is_always_imported(tmp_path: Path, source: str) -> None:
     assert not look.needs(tmp_path, "torch")
     module.write_text(source)
     assert look.needs(tmp_path, "torch")
+
+
+# --- The tools can fail ------------------------------------------------------------------
+
+TESTS = """
+import pytest, time
+def test_cold_race(): pass
+@pytest.mark.parametrize("kind", ["a", "b"])
+def test_polls_refused(kind): assert kind == "a", "the poll was lost"
+def test_off_is_off(): pytest.skip("no switch here")
+def test_unnamed(): pass
+"""
+
+
+def _pytest(tmp_path: Path, source: str, timeout: float) -> tuple[int | None, str]:
+    (tmp_path / "test_it.py").write_text(source, "utf-8")
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", os.devnull]
+    pytest += [f"--rootdir={tmp_path}", f"--junitxml={tmp_path / 'junit.xml'}", str(tmp_path)]
+    return survey.run(pytest, os.environ, timeout, tmp_path / "output")
+
+
+def test_a_survey_tells_what_failed_was_skipped_and_did_not_run(tmp_path: Path) -> None:
+    assert _pytest(tmp_path, TESTS, 60)[0] == 1
+    row = survey.Row("1.0")
+    columns = {name: survey.TINKER[name] for name in ("test_cold_race", "test_polls_refused")}
+    columns |= {"test_off_is_off": "kill switch", "test_gone": "gone"}
+    row.read(tmp_path / "junit.xml", columns, survey.REST)
+    assert (row.verdict, row.tests) == ("failed", 5)
+    assert row.cells == {
+        "cold race": "ok",
+        "poll 404": "failed",
+        "kill switch": "skipped",
+        survey.REST: "ok",
+    }
+    assert "the poll was lost" in "".join(row.why)
+    assert "no switch here" in "".join(row.why)
+    assert "did not run: gone" in row.why
+
+
+def test_a_survey_ends_a_release_that_hangs(tmp_path: Path) -> None:
+    hangs = "import time\ndef test_hangs(): time.sleep(600)\n"
+    code, output = _pytest(tmp_path, hangs, 10)
+    assert code is None
+    assert output.strip().endswith("test_it.py::test_hangs"), "the last line names it"
+
+
+def test_what_differs_from_the_atlas_is_told() -> None:
+    then = ATLAS[NEWEST]
+    now = then | {ACLIENT: look.ABSENT, REQUEST: dataclasses.replace(then[REQUEST], kind="odd")}
+    told = latest.compared(now, then)
+    assert told.pop(ACLIENT) == "absent"
+    assert told.pop(REQUEST).startswith("changed")
+    assert set(told.values()) == {"present"}
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CliRunner:
+    """The index has what is written here, and one release more."""
+    for name, source in SOURCES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source, "utf-8")
+    monkeypatch.setattr(index, "published", lambda *_, **__: dict.fromkeys([*RELEASES, "99.0"]))
+    monkeypatch.setattr(index, "unpacked", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(index, "releases_text", lambda *_: files.RELEASES.read_text("utf-8"))
+    monkeypatch.setattr(index, "atlas_text", lambda *_: files.ATLAS.read_text("utf-8"))
+    return CliRunner()
+
+
+def test_a_new_release_is_news_and_no_error(check: CliRunner) -> None:
+    ended = check.invoke(index.main, ["--check"])
+    assert ended.exit_code == 0, ended.output
+    assert f"NEW: tinker 99.0: {ACLIENT} is not of the kind 'function': absent" in ended.output
+
+
+def test_another_fact_of_a_known_release_is_an_error(
+    check: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "atlas_text", lambda *_: "another\n")
+    ended = check.invoke(index.main, ["--check"])
+    assert ended.exit_code == 1
+    assert "+another" in ended.output
+
+
+def test_an_index_that_cannot_be_reached_is_neither(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(httpx, "get", unreachable)
+    ended = CliRunner().invoke(index.main, ["--check", f"--cache={tmp_path}"])
+    assert ended.exit_code == index.UNREACHABLE
+    assert "cannot be reached" in ended.output

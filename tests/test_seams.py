@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import os
 import sys
+import time
 import warnings
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,9 +21,11 @@ import tinker_routefix
 from tests.conftest import run_python
 from tinker_routefix import _seams
 from tinker_routefix._seams import TINKER, SeamState
+from tinker_routefix.lab import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tinker_routefix.lab import Lab
 
@@ -92,6 +97,16 @@ def test_installing_twice_is_harmless() -> None:
         assert not isinstance(standing.__wrapped__, wrapt.FunctionWrapper)
 
 
+def test_installing_again_adds_no_import_hooks(mocker: Any) -> None:
+    """Those for modules that never come would pile up."""
+    hook = mocker.spy(wrapt, "when_imported")
+    tinker_routefix.uninstall()
+    tinker_routefix.install()
+    tinker_routefix.install()
+    assert hook.call_count == 0
+    assert states() == {"ours"}
+
+
 def test_what_is_asked_of_the_wrapped_functions_is_answered_as_before() -> None:
     future = tinker.lib.api_future_impl._APIFuture
     pool: Any = tinker.lib.internal_client_holder.ClientConnectionPool
@@ -139,13 +154,33 @@ def test_no_half_patch(
             tinker_routefix.install()
         assert len(warned) == 1
         message = str(warned[0].message)
-        assert tinker.__version__ in message
+        # 0.1 calls itself 0.0.1-alpha.1.
+        assert f"tinker {metadata.version('tinker')}:" in message
         assert message.endswith("https://pypi.org/project/tinker-routefix/")
         assert_same(everything(), before)
         status = tinker_routefix.status()
         assert not status.active
         assert name in status.reason
         tinker_routefix.uninstall()
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "reason"),
+    [
+        ("request", "_plain", "AsyncTinker.request is not a coroutine function"),
+        ("request", "_coroutine", "AsyncTinker.request has no parameter 'cast_to'"),
+        ("aclient", "_coroutine", "ClientConnectionPool.aclient is not a plain function"),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    monkeypatch: pytest.MonkeyPatch, name: str, instead: str, reason: str
+) -> None:
+    tinker_routefix.uninstall()
+    owner = next(owner for attribute, owner in OWNERS.items() if attribute.endswith(name))
+    monkeypatch.setattr(owner, name, globals()[instead], raising=False)
+    with pytest.raises(RuntimeError, match=reason):
+        tinker_routefix.install()
+    tinker_routefix.uninstall()
 
 
 def test_what_was_wrapped_is_undone_when_the_last_seam_refuses(
@@ -251,6 +286,54 @@ def test_a_seam_that_someone_replaces_is_wrapped_again_at_connect(lab: Lab, over
     future._result_async = ours.__wrapped__
 
 
+def test_a_request_that_was_given_up_on_below_is_not_taken_up_again(lab: Lab) -> None:
+    """Someone put a function on our first wrapper, and we wrapped that one again."""
+    from tests import programs
+
+    client = OWNERS["AsyncTinker.request"]
+    ours = vars(client)["request"]
+
+    async def theirs(self: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        return await ours.__get__(self)(cast_to, options, **kwargs)
+
+    client.request = theirs
+    try:
+        training = programs.connect(lab.base_url)
+        assert states() == {"ours"}
+        lab.end_job()
+        with pytest.raises(tinker.NotFoundError) as caught:
+            programs.train(training)
+        assert len(caught.value.__notes__) == 1
+        job = programs.job_of(lab)
+        assert job.failed_fast == job.refused
+        tinker_routefix.uninstall()
+        assert vars(client)["request"] is theirs, "what was replaced stays replaced"
+    finally:
+        del client.request
+
+
+def test_who_is_connecting_when_the_shim_goes_is_still_helped(lab: Lab) -> None:
+    """And from then on nothing is patched."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tests import programs
+
+    lab.fault(Fault(kinds=["poll:create_model"], seconds=2))
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(programs.connect, lab.base_url)
+        while not lab.count("poll:create_model", refused=True):
+            time.sleep(0.01)
+        tinker_routefix.uninstall()
+        client = connecting.result(programs.PATIENCE)
+    assert states() == {"original"}
+    assert lab.count("get_info") >= 3, "the warm-up has to go on"
+    programs.train(client)
+    programs.exact(lab, gradients=1, optim_steps=1)
+    lab.fault(Fault(kinds=["optim_step"]))
+    with pytest.raises(tinker.NotFoundError):
+        programs.train(client)
+
+
 def test_a_seam_that_cannot_be_wrapped_again_is_said_once(lab: Lab, overheard: Any) -> None:
     from tests import programs
 
@@ -311,7 +394,8 @@ from tests import programs
 from tinker_routefix.lab import Fault, Lab
 with Lab() as lab:
     # By count and not by time: a loaded machine may take its time to get here.
-    lab.fault(Fault(kinds=["create_session"], count=2))
+    # Before 0.3.0 there is no session, and the model comes first.
+    lab.fault(Fault(kinds=["create_session", "create_model"], count=2))
     {connect}
     programs.train(client)
     programs.exact(lab, gradients=1, optim_steps=1)
@@ -399,25 +483,138 @@ def test_bad_settings_are_refused_at_import() -> None:
 def test_a_forked_child_starts_anew() -> None:
     ended = run_python(
         """
-import os, tinker_routefix, tinker
+import os, threading, tinker_routefix, tinker, warnings
 from tests import programs
 from tinker_routefix import _route, _seams
 from tinker_routefix.lab import Lab
 with Lab() as lab:
     programs.connect(lab.base_url)
     assert tinker_routefix.status().jobs
-    with _seams._lock, _route._lock:
-        import threading
-        import warnings
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-        if not child:
-            tinker_routefix.install()
-            os._exit(3 if not tinker_routefix.status().jobs else 4)
+    # Both are held at that moment, by a thread that the child does not have.
+    held = threading.Event()
+    def hold():
+        with _seams._lock, _route._lock:
+            held.set()
+            threading.Event().wait()
+    threading.Thread(target=hold, daemon=True).start()
+    held.wait()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    child = os.fork()
+    if not child:
+        tinker_routefix.install()
+        os._exit(3 if not tinker_routefix.status().jobs else 4)
     os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     )
     assert ended.returncode == 3, ended.stderr
+
+
+MANAGER = """
+class TrainerJobManager:
+    additional_headers = {"X-Team": "blue"}
+    def __init__(self, api_key, base_url):
+        self.base_url = base_url
+        self.api_key = api_key
+    def _headers(self):
+        return {"X-API-Key": self.api_key, "X-Team": "blue", "User-Agent": "sdk"}
+"""
+
+
+def fireworks(directory: Path, module: str, code: str) -> str:
+    """A package that stands for the Fireworks SDK, with nothing in it but one module."""
+    path = directory.joinpath(*module.split(".")).with_suffix(".py")
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
+    for package in path.relative_to(directory).parents[:-1]:
+        (directory / package / "__init__.py").touch()
+    return in_front(directory)
+
+
+def in_front(directory: Path) -> str:
+    """A `PYTHONPATH` that begins with a directory."""
+    return os.pathsep.join(filter(None, (str(directory), os.environ.get("PYTHONPATH"))))
+
+
+def test_a_job_manager_is_asked_where_its_control_plane_is(tmp_path: Path) -> None:
+    """For as long as the program keeps it, with its headers."""
+    ended = run_python(
+        """
+import tinker_routefix, tinker
+import fireworks.training.sdk.trainer as trainer
+from tinker_routefix import _control_plane
+manager = trainer.TrainerJobManager("key", "https://api.example/")
+assert [s.state for s in tinker_routefix.status().seams].count("ours") == 4
+address = _control_plane._known["https://api.example"]()
+assert address.root.rstrip("/") == "https://api.example" and address.verify, address
+assert address.headers == {"x-api-key": "key", "x-team": "blue"}, address.headers
+del manager
+assert _control_plane._known["https://api.example"]().headers is None
+tinker_routefix.uninstall()
+assert vars(trainer.TrainerJobManager)["__init__"].__class__.__name__ == "function"
+""",
+        PYTHONPATH=fireworks(tmp_path, "fireworks.training.sdk.trainer", MANAGER),
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_release_without_a_job_manager_is_not_worth_a_warning(tmp_path: Path) -> None:
+    ended = run_python(
+        """
+import warnings
+warnings.simplefilter("error", RuntimeWarning)
+import tinker_routefix, tinker, tinker.lib.api_future_impl, tinker.lib.internal_client_holder
+import fireworks.training.sdk.trainer
+status = tinker_routefix.status()
+assert status.active, status
+assert [seam.state for seam in status.seams] == ["ours"] * 3 + ["not loaded"] * 3 + ["absent"]
+# One that comes later is wrapped by the next call.
+class TrainerJobManager:
+    def __init__(self):
+        pass
+fireworks.training.sdk.trainer.TrainerJobManager = TrainerJobManager
+tinker_routefix._seams._module_came(fireworks.training.sdk.trainer)
+assert tinker_routefix.status().seams[-1].state == "ours"
+""",
+        PYTHONPATH=fireworks(tmp_path, "fireworks.training.sdk.trainer", ""),
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_copy_of_tinker_that_does_not_fit_leaves_tinker_patched(tmp_path: Path) -> None:
+    """And where no distribution says which release it is, the warning says that."""
+    core = "fireworks.training.sdk._core"
+    fireworks(tmp_path, f"{core}._client", "")
+    library = tmp_path.joinpath(*core.split("."), "lib")
+    library.mkdir()
+    for name in ("__init__", "internal_client_holder", "api_future_impl"):
+        (library / f"{name}.py").touch()
+    ended = run_python(
+        f"""
+import warnings
+import tinker_routefix, tinker, tinker.lib.api_future_impl, tinker.lib.internal_client_holder
+import {core}._client, {core}.lib.internal_client_holder
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    import {core}.lib.api_future_impl
+(warning,) = [w for w in warned if w.category is tinker_routefix.RoutefixWarning]
+assert "fireworks-ai's copy of tinker" in str(warning.message), warning.message
+states = [seam.state for seam in tinker_routefix.status().seams]
+assert states == ["ours"] * 3 + ["absent"] * 3 + ["not loaded"], states
+assert "copy of tinker" in tinker_routefix.status().reason
+""",
+        PYTHONPATH=in_front(tmp_path),
+        TINKER_ROUTEFIX_STRICT="0",
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_without_metadata_the_warning_still_has_words(mocker: Any) -> None:
+    """Where the shim was put on the path, and not installed."""
+    missing = metadata.PackageNotFoundError("tinker")
+    mocker.patch("importlib.metadata.version", side_effect=missing)
+    mocker.patch("importlib.metadata.metadata", side_effect=missing)
+    assert _seams._release(_seams.SDKS[0]) == "of an unknown release"
+    assert _seams._tracker() == "the shim's issue tracker"
 
 
 def test_the_shim_leaves_asyncio_alone() -> None:

@@ -5,9 +5,11 @@ The judge is the lab's ledger: what the trainer carried out, against what was as
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +18,7 @@ import tinker
 from tests import programs
 from tests.programs import connect, exact, forward_backward, optim_step, train, train_pipelined
 from tinker_routefix import _sdk
-from tinker_routefix.lab import Fault, Lab
+from tinker_routefix.lab import Answer, Fault, Lab
 
 if TYPE_CHECKING:
     from pytest_mock import MockerFixture
@@ -153,8 +155,6 @@ def test_the_warm_up_gives_up_with_a_timeout(
 
 
 def test_another_error_ends_the_warm_up_quietly(make_lab: MakeLab, overheard: Any) -> None:
-    from tinker_routefix.lab import Answer
-
     lab = make_lab()
     # Three probes get it; the get_info that 0.38 sends afterwards is answered.
     lab.fault(Fault(kinds=["get_info"], at="pod", count=3, answer=Answer(500, {"detail": "no"})))
@@ -252,7 +252,10 @@ def test_samples_that_are_polled_for_together(make_lab: MakeLab, plain: Plain) -
         programs.sample(sampler)
 
     config = {"sample_use_retrieve_futures": True}
-    with plain(), pytest.raises(Exception, match="404"):
+    # The poller of 0.26.2 and 0.27.0 takes no error for final; every other release crashes.
+    crash = pytest.raises(Exception, match="404")
+    patient = metadata.version("tinker") in ("0.26.2", "0.27.0")
+    with plain(), contextlib.nullcontext() if patient else crash:
         run(make_lab(config=config))
     lab = make_lab(config=config)
     run(lab)
@@ -282,17 +285,24 @@ def test_a_hundred_futures_in_flight(
 ) -> None:
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)
+        # Nothing here is a matter of the machine's speed: no result is ready before all
+        # hundred are polled for, and then the route is stale until each can have noticed.
+        since: list[float] = []
+        unready = Answer(408, {"type": "try_again", "request_id": "any", "queue_state": "active"})
+        polls = ["poll:forward_backward"]
+        lab.fault(Fault(kinds=polls, at="pod", answer=unready, delay=2, when=lambda _: not since))
         futures = [forward_backward(client, [programs.datum()]) for _ in range(100)]
         while lab.ledger.gradients < 100:
             time.sleep(0.05)
-        lab.stale(3)
+        refused = lab.fault(Fault(kinds=polls, count=100))
+        since.append(lab.exchanges[-1].at)
+        lab.fault(Fault(when=lambda e: e.at < since[0] + 3 or refused.hits < 100))
         for future in futures:
             future.result(programs.PATIENCE)
 
-    # The results are ready long after the last submission: all hundred are polled for.
     with plain():
-        crashes(make_lab(work_seconds=0.1), run)
-    lab = make_lab(work_seconds=0.1)
+        crashes(make_lab(), run)
+    lab = make_lab()
     replacements = mocker.spy(_sdk._Pool, "swap")
     run(lab)
     exact(lab, gradients=100, optim_steps=0)

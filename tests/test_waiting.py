@@ -64,8 +64,13 @@ class Time:
         def loop() -> asyncio.AbstractEventLoop:
             return asyncio.SelectorEventLoop(Selector(self))
 
+        failed: list[dict[str, Any]] = []
         with asyncio.Runner(loop_factory=loop) as runner:
-            return runner.run(program)
+            runner.get_loop().set_exception_handler(lambda _, context: failed.append(context))
+            outcome = runner.run(program)
+        # In a callback, or in a task that nobody waits for.
+        assert not failed
+        return outcome
 
 
 class Selector(selectors.DefaultSelector):
@@ -601,6 +606,7 @@ def test_a_replay_that_began_while_connecting_stays_patient(time: Time) -> None:
 
 
 def test_connecting_is_over_with_the_first_work_or_the_first_warm_up() -> None:
+    assert Route(JOB, ControlPlane()).connecting  # type: ignore[arg-type]
     on = route(warm=False)
     assert on.connecting
     on.worked = True
@@ -655,6 +661,35 @@ def test_a_404_in_a_round_weighs_more_than_another_error(time: Time, order: Any)
     time.run(warm_up(on, opened))
     assert on.warm
     assert on.counters.last_intervention is not None
+
+
+def test_an_answer_from_before_the_last_refusal_is_no_news_to_the_warm_up(time: Time) -> None:
+    """The probes are on their way for a second, and meanwhile another request got through."""
+    on = route(warm=False)
+    first, light = prober(time, heals=2, seconds=1), prober(time, heals=FOREVER)
+    opened = iter((first, light))
+
+    async def program() -> None:
+        asyncio.get_running_loop().call_later(0.5, on.answered)
+        await warm_up(on, lambda: next(opened).open())
+
+    time.run(program())
+    assert on.warm
+    assert first.gateway.came[:3] == [0, 0, 0]
+    assert first.gateway.came[3] >= 3
+
+
+def test_a_warm_up_that_meets_another_error_is_told_as_that(time: Time, told: list[Any]) -> None:
+    on, light = route(warm=False), FakeProber(ValueError("500"))
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Any]:
+        yield light
+
+    time.run(warm_up(on, opened))
+    assert (told[-1].outcome, told[-1].error) == ("error", "ValueError")
+    assert not on.given_up
+    assert on.counters.longest_wait == 0
 
 
 def test_a_warm_up_that_fails_says_what_it_saw(

@@ -3,10 +3,12 @@
 A new release of tinker can move a seam. This reads the wheel of each release, without
 importing it, and writes `tests/releases/releases.toml` and `tests/releases/atlas.toml`, so
 that such a change is one line of a diff. The fields `boundary` and `reason` are written by
-hand and kept.
+hand and kept. What the README says of the supported releases follows.
 
     python -m tools.releases            # write
-    python -m tools.releases --check    # show what would change
+    python -m tools.releases --check    # whether what is written is still true
+
+A release that is only on the index is news and no error: the check says so, and passes.
 """
 
 from __future__ import annotations
@@ -29,14 +31,18 @@ from packaging.version import Version
 
 from tests import releases as files
 from tests.releases import look
+from tools import readme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from tests.releases.look import Shape
 
 INDEX = "https://pypi.org/pypi/tinker/json"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinker_routefix"
+
+UNREACHABLE = 75
+"""The exit code where the package index cannot be asked: nothing was found out."""
 
 RELEASES_HEADER = """\
 # Every release of tinker on the package index. Written by `python -m tools.releases`, but for
@@ -52,10 +58,7 @@ def published(cache: Path, *, offline: bool) -> dict[str, str]:
     """The releases that have a wheel, oldest first, and the day each was uploaded."""
     index = cache / "index.json"
     if not offline:
-        try:
-            answer = httpx.get(INDEX, timeout=60).raise_for_status()
-        except httpx.HTTPError as error:
-            raise click.ClickException(f"{INDEX}: {error}") from error
+        answer = httpx.get(INDEX, timeout=60).raise_for_status()
         cache.mkdir(parents=True, exist_ok=True)
         index.write_bytes(answer.content)
     elif not index.is_file():
@@ -148,14 +151,26 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _changes(path: Path, text: str) -> Iterable[str]:
+def _put(path: Path, text: str, *, check: bool) -> bool:
+    """Write a file, or only show how it would change; whether it would."""
     present = path.read_text("utf-8") if path.is_file() else ""
-    return difflib.unified_diff(
-        present.splitlines(), text.splitlines(), path.name, f"{path.name}, regenerated", lineterm=""
+    new = f"{path.name}, regenerated"
+    changes = list(
+        difflib.unified_diff(present.splitlines(), text.splitlines(), path.name, new, lineterm="")
     )
+    click.echo("\n".join(changes) if changes else f"{path.name}: nothing changes")
+    if changes and not check:
+        path.write_text(text, "utf-8", newline="\n")
+    return bool(changes)
 
 
-@click.command(help="Write releases.toml and atlas.toml anew from the package index.")
+def _news(release: str, tree: Path) -> str:
+    """What the shim will meet in a release that nobody has looked at."""
+    misfits = files.misfits(look.look(tree))
+    return f"NEW: tinker {release}: " + ("; ".join(misfits) or "the shim fits its seams")
+
+
+@click.command(help="Write releases.toml, atlas.toml and the README's part anew.")
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
@@ -163,25 +178,34 @@ def _changes(path: Path, text: str) -> Iterable[str]:
     show_default=True,
     help="Where wheels are kept.",
 )
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 if the files would change.")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if what is written is wrong.")
 @click.option("--offline", is_flag=True, help="Use only what the cache holds.")
 def main(cache: Path, check: bool, offline: bool) -> None:
-    """Regenerate both files."""
-    uploads = published(cache, offline=offline)
+    """Regenerate all three, or compare."""
+    try:
+        uploads = published(cache, offline=offline)
+    except httpx.HTTPError as error:
+        click.echo(f"{INDEX} cannot be reached: {error}", err=True)
+        sys.exit(UNREACHABLE)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         folders = pool.map(lambda release: unpacked(cache, release, offline=offline), uploads)
         trees = dict(zip(uploads, folders, strict=True))
-    texts = {files.RELEASES: releases_text(uploads, trees), files.ATLAS: atlas_text(trees)}
-    changed = False
-    for path, text in texts.items():
-        changes = list(_changes(path, text))
-        changed = changed or bool(changes)
-        click.echo("\n".join(changes) if changes else f"{path.name}: nothing changes")
-        if changes and not check:
-            path.write_text(text, "utf-8", newline="\n")
+    news = [_news(release, trees[release]) for release in trees if release not in files.releases()]
+    if check:
+        # The rest has to be as it is written.
+        uploads = {release: day for release, day in uploads.items() if release in files.releases()}
+        trees = {release: trees[release] for release in uploads}
+    changed = _put(files.RELEASES, releases_text(uploads, trees), check=check)
+    changed |= _put(files.ATLAS, atlas_text(trees), check=check)
+    # It tells what the others say by now.
+    changed |= _put(readme.README, readme.text(), check=check)
     click.echo(f"{len(trees)} releases, {next(iter(trees))} to {list(trees)[-1]}")
+    for line in news:
+        click.echo(line)
+    if check and news:
+        click.echo("Run `python -m tools.releases`, and read the diff.")
     if check and changed:
-        click.echo("Not up to date: run `python -m tools.releases`, and read the diff.", err=True)
+        click.echo("What is written is not so: run `python -m tools.releases`.", err=True)
         sys.exit(1)
 
 
