@@ -21,7 +21,7 @@ os.environ["TINKER_ROUTEFIX_STRICT"] = "1"
 import pytest
 
 import tinker_routefix
-from tinker_routefix import _control_plane, _seams, _settings, events
+from tinker_routefix import _control_plane, _route, _seams, _settings, events
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -63,6 +63,10 @@ def collect() -> None:
 @pytest.fixture(autouse=True)
 def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
     """Put back what a test changes in the process."""
+    # A lab may get the port that another one had: it is not the same gateway.
+    for routes in _route._routes.values():
+        routes.clear()
+    _control_plane._known.clear()
     settings = _settings.current()
     yield
     _settings.put(settings)
