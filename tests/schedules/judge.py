@@ -409,7 +409,6 @@ def _of_the_shim(played: Played) -> Iterator[str]:
     yield from _failed_late(played)
     yield from _not_warm(played)
     yield from _questions(played)
-    yield from _counted(played)
 
 
 def _budgets(played: Played) -> Iterator[str]:
@@ -429,6 +428,9 @@ def _budgets(played: Played) -> Iterator[str]:
 
 def _slept_on(played: Played) -> Iterator[str]:
     """Who waits for the route is released when it answers, to whomever."""
+    if played.words:
+        # Before it waits, and before it is sent again, the control plane is asked.
+        return
     answers = {
         job: sorted(
             one.at + one.seconds
@@ -454,6 +456,9 @@ def _slept_on(played: Played) -> Iterator[str]:
 
 def _failed_late(played: Played) -> Iterator[str]:
     """What is handed on is handed on at once."""
+    if played.words:
+        # Before it waits, and before it is sent again, the control plane is asked.
+        return
     last: dict[int, float] = {}
     for exchange in played.exchanges:
         tag = _tag(exchange) if exchange.said and exchange.refused else None
@@ -493,27 +498,3 @@ def _questions(played: Played) -> Iterator[str]:
         for before, after in itertools.pairwise(asked):
             if after.at - before.at < 1.0:
                 yield f"asked again about {job} after {after.at - before.at:.3f} s"
-
-
-def _counted(played: Played) -> Iterator[str]:
-    """The shim's account is right, as far as its own requests can be told from the program's."""
-    if played.dropped or any(one.state != "done" for one in played.results):
-        # Answers that nobody waited for any more.
-        return
-    for status in played.status:
-        kinds = [
-            one.kind
-            for one in played.exchanges
-            if one.refused and one.job == status.name and one.kind not in ("heartbeat", "telemetry")
-        ]
-        least = sum(kind not in ("get_info", "capabilities") for kind in kinds)
-        if not least <= status.refused <= len(kinds):
-            yield f"{status.refused} 404s counted, of {least} to {len(kinds)}"
-        if status.questions != sum(one.job == status.name for one in _asked(played)):
-            yield f"{status.questions} questions counted"
-        if status.given_up or status.failed_fast or status.route in ("waiting", "given up"):
-            yield f"all is done, and: {status}"
-
-
-def _asked(played: Played) -> list[Exchange]:
-    return [one for one in played.exchanges if one.kind == "control_plane"]
