@@ -192,6 +192,19 @@ def test_all_questions_share_one_tls_context(monkeypatch: pytest.MonkeyPatch, mo
     assert create.call_count == 1  # type: ignore[attr-defined]
 
 
+def test_the_environments_certificates_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a company's own authority the control plane would be out of reach without them."""
+    monkeypatch.setattr(_control_plane, "_tls", None)
+    # One without certificates is refused, so it was read.
+    own = tmp_path / "ca.pem"
+    own.touch()
+    monkeypatch.setenv("SSL_CERT_FILE", str(own))
+    with pytest.raises(ssl.SSLError):
+        asyncio.run(_control_plane.tls_context())
+
+
 def test_probes_verify_tls_as_tinker_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the certificates that the environment names; read once."""
     _sdk._tls_context.cache_clear()

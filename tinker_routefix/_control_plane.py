@@ -147,10 +147,13 @@ _tls: ssl.SSLContext | None = None
 
 
 async def tls_context() -> ssl.SSLContext:
-    """One TLS context for all questions, built off the loop: it costs about 25 ms."""
+    """One TLS context for all questions, built off the loop: it costs about 25 ms.
+
+    The certificates that the environment names count, as they do for tinker.
+    """
     global _tls
     if _tls is None:
-        _tls = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
+        _tls = await asyncio.to_thread(httpx.create_ssl_context, trust_env=True)
     return _tls
 
 
