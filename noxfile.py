@@ -198,6 +198,14 @@ def schedules(session: nox.Session, tinker: str) -> None:
     pytest(session, ["tests/test_schedules.py"])
 
 
+@nox.session(python=NEWEST_PYTHON, default=False)
+def mutants(session: nox.Session) -> None:
+    """Whether the tests notice small changes of the shim's core; `-- _verdict` for one module."""
+    install(session, "newest")
+    session.install("cosmic-ray>=8.4")
+    session.run("python", "-m", "tools.mutants", *session.posargs)
+
+
 @nox.session(python=PYTHONS[0])
 def boundaries(session: nox.Session) -> None:
     """The same on the releases where something changed and that `race` does not run."""
