@@ -199,6 +199,13 @@ def schedules(session: nox.Session, tinker: str) -> None:
 
 
 @nox.session(python=NEWEST_PYTHON, default=False)
+def bench(session: nox.Session) -> None:
+    """Plain tinker, two earlier strategies and the shim, measured side by side."""
+    session.install("-e", ".[lab,tinker]", *nox.project.dependency_groups(PROJECT, "bench"))
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session(python=NEWEST_PYTHON, default=False)
 def mutants(session: nox.Session) -> None:
     """Whether the tests notice small changes of the shim's core; `-- _verdict` for one module."""
     install(session, "newest")

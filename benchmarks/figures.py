@@ -1,0 +1,130 @@
+"""Medians, spreads and tables."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+NOTHING = "n/a"
+WRONG = "operations wrong"
+"""Executed twice, lost or out of order, and numbers that were skipped."""
+
+
+class Target(NamedTuple):
+    """A figure to reach, and what was measured."""
+
+    what: str
+    """One of :data:`FIGURES`."""
+    where: str
+    measured: str
+    reached: bool
+    note: str = ""
+
+
+EXACT = "operations executed twice, lost or out of order"
+REQUEST = "per request on a healthy route, against plain tinker"
+IMPORT_ON = "`import tinker_routefix`, on, beyond wrapt itself"
+IMPORT_OFF = "`import tinker_routefix`, switched off"
+CONNECT = "connect on a healthy route, beyond plain tinker"
+OVERSHOOT = "overshoot, median / worst, outages up to 10 s"
+QUESTIONS = "control-plane questions per job and second"
+PROBES = "probes per job and second after the first second"
+GAP = "longest gap in a 10 ms ticker on tinker's loop, beyond plain tinker's"
+FLAT = "memory, tasks and waiters over a simulated day"
+
+FIGURES = {
+    EXACT: "0",
+    REQUEST: "1 % and 20 us",
+    IMPORT_ON: "5 ms",
+    IMPORT_OFF: "1 ms",
+    CONNECT: "3 round trips",
+    OVERSHOOT: "0.5 s / 2 s",
+    QUESTIONS: "1",
+    PROBES: "2",
+    GAP: "15 ms",
+    FLAT: "flat",
+}
+"""What is to be reached, at most, in the order in which it is shown."""
+
+
+def targets(reached: Iterable[Target]) -> str:
+    """A table of figures to reach."""
+    order = list(FIGURES)
+    rows = [
+        [
+            one.what,
+            one.where,
+            FIGURES[one.what],
+            one.measured,
+            "reached" if one.reached else "**not**",
+            one.note,
+        ]
+        for one in sorted(reached, key=lambda one: order.index(one.what))
+    ]
+    columns = ["figure", "where", "at most", "measured", "", "note"]
+    return table(columns, rows, numbers=False)
+
+
+def asked(where: str, rows: Sequence[dict[str, Any]], note: str = "") -> list[Target]:
+    """The targets for what the shim sends of its own while it waits."""
+    questions = max((row["questions_a_second"] for row in rows), default=0)
+    probes = max((row["probes_a_second"] for row in rows), default=0)
+    return [
+        Target(QUESTIONS, where, str(questions), questions <= 1),
+        Target(PROBES, where, str(probes), probes <= 2, note),
+    ]
+
+
+def lot(seed: object) -> random.Random:
+    """A generator whose numbers can be drawn again."""
+    return random.Random(str(seed))  # noqa: S311
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """The median of what is there."""
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
+
+
+def spread(values: Iterable[float | None], digits: int = 1) -> str:
+    """The median, with the lowest and the highest value."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return NOTHING
+    low, high = number(min(there), digits), number(max(there), digits)
+    middle = number(statistics.median(there), digits)
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A number as it is shown."""
+    if value is None:
+        return NOTHING
+    # No minus in front of a zero.
+    return f"{round(value, digits) + 0.0:,.{digits}f}"
+
+
+def share(values: Iterable[object]) -> str:
+    """How many of some outcomes are so, of how many."""
+    there = [bool(value) for value in values]
+    return f"{sum(there)} of {len(there)}" if there else NOTHING
+
+
+def interval(
+    values: Sequence[float], of: Callable[[Sequence[float]], float] = statistics.median
+) -> tuple[float, float]:
+    """Where a statistic lies with 95 %, by a bootstrap."""
+    chance = lot(0)
+    drawn = sorted(of(chance.choices(values, k=len(values))) for _ in range(2000))
+    return drawn[50], drawn[-51]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+    """A Markdown table; all columns but the first are numbers, or none is."""
+    rule = ["---", *(["---:" if numbers else "---"] * (len(columns) - 1))]
+    lines = [columns, rule, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
