@@ -238,6 +238,7 @@ class Ticker:
     def start_lap(self) -> None:
         """Begin to measure, with no garbage that was made before."""
         gc.collect()
+        time.sleep(5 * TICK)
         self.lap()
 
     def lap(self) -> dict[str, float]:
@@ -266,8 +267,8 @@ def peak_memory() -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def most_within(moments: Iterable[float], seconds: float = 0.98) -> int:
-    """How many of some moments lie within a second at most; arrivals are a little uneven."""
+def most_within(moments: Iterable[float], seconds: float = 0.9) -> int:
+    """How many of some moments lie within a second at most; a tenth is for uneven arrivals."""
     ordered = sorted(moments)
     most = first = 0
     for last, moment in enumerate(ordered):
@@ -287,21 +288,46 @@ def tasks_on_loop() -> int:
 
 
 def _asked(seen: Sequence[Seen]) -> dict[str, int]:
-    """What of some requests somebody has sent of his own since the first one was refused."""
-    refused = min((one.at for one in seen if one.refused), default=float("inf"))
+    """What of some requests somebody has sent of his own while there was trouble."""
     questions = [one.at for one in seen if one.kind == "control_plane"]
-    # The shim's have a connection each; tinker asks for the same things over those it keeps.
-    used = Counter(one.connection for one in seen)
-    probes = sorted(
-        one.at
-        for one in seen
-        if one.kind in labs.PROBES and one.at > refused and used[one.connection] == 1
-    )
+    incidents = _probes(seen)
     return {
         "questions": len(questions),
         "questions_a_second": most_within(questions),
-        "probes": len(probes),
-        "probes_a_second": most_within(at for at in probes if at >= probes[0] + 1),
+        "probes": sum(map(len, incidents)),
+        # The first second is when most routes come back, and has more of them.
+        "probes_a_second": max(
+            (most_within(at for at in probes if at >= probes[0] + 1) for probes in incidents),
+            default=0,
+        ),
+    }
+
+
+def _probes(seen: Sequence[Seen]) -> list[list[float]]:
+    """When probes were sent, by incident: from a 404 to what next gets through of a program's."""
+    programs = _of_programs(seen)
+    incidents: list[list[float]] = []
+    trouble = False
+    for one in sorted(seen):
+        if one.refused and not trouble:
+            trouble = True
+            incidents.append([])
+        if trouble and one.kind in labs.PROBES and one not in programs:
+            incidents[-1].append(one.at)
+        if one in programs and not one.refused:
+            trouble = False
+    return [probes for probes in incidents if probes]
+
+
+def _of_programs(seen: Sequence[Seen]) -> set[Seen]:
+    """What tinker itself has sent of some requests, and somebody waits for."""
+    # The shim's have a connection each; tinker asks for the same things over those it keeps.
+    used = Counter(one.connection for one in seen)
+    return {
+        one
+        for one in seen
+        if one.kind not in ("control_plane", "heartbeat")
+        and (one.kind not in labs.PROBES or used[one.connection] > 1)
     }
 
 
@@ -563,6 +589,9 @@ def leaks(*, contender: str, cells: list[tuple[int, int]], runs: int, seed: int)
             error = type(failure).__name__
         seen = lab.seen(job)
         asked = [one.at for one in seen if one.kind == "get_info"]
+        began = min(asked, default=0.0)
+        # What comes next of the program's own ends the warm-up, and may meet trouble of its own.
+        ended = min((one.at for one in _of_programs(seen) if one.at > began), default=began)
         results.append(
             {
                 "replicas": replicas,
@@ -575,9 +604,9 @@ def leaks(*, contender: str, cells: list[tuple[int, int]], runs: int, seed: int)
                 ),
                 "crashed": error is not None,
                 "error": error,
-                "warm_up": warm_at - asked[0] if warm_at is not None and asked else 0.0,
+                "warm_up": warm_at - began if warm_at is not None and asked else 0.0,
                 "rounds": rounds.of.get(job),
-                **_asked(seen),
+                **_asked([one for one in seen if one.at < ended]),
                 **tally.verdict(lab.account(job)),
             }
         )

@@ -28,12 +28,11 @@ _TEXT = """
 So many results of one client are being polled for when the gateway begins to refuse everything,
 for some seconds; just before it heals, all results are ready. *Through*: seconds from the
 healing until the last one is there (given up after {give_up:.0f} s). *Gap*: the longest pause of
-a 10 ms ticker on tinker's loop from the loss on, before which garbage has been collected. It
-is made of two things, each given as its
-longest: a *collection* of garbage, during which every thread stands still, and the CPU time for
-which the loop was *busy* without a tick. *Memory*: the peak beyond what it was before. Plain
-tinker is there twice: it does not survive the loss, so that it also runs without one; of the
-two gaps the longer one counts as plain tinker's.
+a 10 ms ticker on tinker's loop from the loss on, before which garbage has been collected. It is
+made of two things, each given as its longest: a *collection* of garbage, during which every
+thread stands still, and the CPU time for which the loop was *busy* without a tick. *Memory*:
+the peak beyond what it was before. Plain tinker is there twice: it does not survive the loss,
+so that it also runs without one; of the two gaps the longer one counts as plain tinker's.
 
 {table}"""
 
