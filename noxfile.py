@@ -70,6 +70,7 @@ WITH_TINKER = ["tests/test_seams.py", "tests/test_steps_aside.py", "tests/test_s
 PROOF = [
     "tests/test_bad_input.py",
     "tests/test_events.py",
+    "tests/test_retirement.py",
     "tests/test_secrets.py",
 ]
 """What is fuzzed and searched for: on the first and the last tinker of the matrix."""
@@ -183,7 +184,7 @@ def race(session: nox.Session, tinker: str) -> None:
 @nox.session(python=NEWEST_PYTHON)
 @nox.parametrize("tinker", [TINKERS[0], TINKERS[-1]])
 def proof(session: nox.Session, tinker: str) -> None:
-    """Bad input, events, and keys where they must not be."""
+    """Bad input, events, keys where they must not be, and a gateway that is cured."""
     install(session, tinker)
     pytest(session, PROOF)
 

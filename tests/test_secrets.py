@@ -182,7 +182,7 @@ def test_a_leak_in_what_the_shim_shows_is_noticed(
             monkeypatch.setattr(_control_plane, "_known", known)
         found = overheard.leaks()
         # A route is forgotten with its loop.
-        route.control_plane._answer = None
+        route.control_plane._answer = _control_plane.NOT_ASKED
         return found
 
     assert [found for found in asyncio.run(look()) if "in status" in found]
@@ -422,7 +422,7 @@ def test_a_manager_that_asks_over_http_is_not_imitated(
 
     async def questions() -> set[str]:
         first = await control_plane.ask({})
-        control_plane._answer = None
+        control_plane._answer = _control_plane.NOT_ASKED
         return {first.said, (await control_plane.ask({})).said}
 
     assert asyncio.run(questions()) == {NOT_ASKED}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -101,6 +102,32 @@ def test_the_telemetry_of_a_job_that_is_gone_holds_nobody(make_lab: MakeLab, pla
     lab = make_lab()
     assert run(lab) < 2
     assert programs.job_of(lab).telemetry_dropped >= (1 if drains else 0)
+
+
+def test_nor_where_another_client_gets_through_meanwhile(
+    make_lab: MakeLab, settings: Callable[..., None]
+) -> None:
+    """Where replicas differ, an answer to one is no reason to hold another one's crash."""
+    settings(max_replays=0)
+    lab = make_lab()
+    client, other = connect(lab.base_url), connect(lab.base_url)
+    lab.fault(Fault(kinds=["forward_backward", "telemetry"]))
+    done = threading.Event()
+
+    def go_on() -> None:
+        while not done.is_set():
+            other.save_state("meanwhile").result(programs.PATIENCE)
+
+    busy = threading.Thread(target=go_on)
+    busy.start()
+    try:
+        with programs.took(0, 15), pytest.raises(tinker.NotFoundError):
+            forward_backward(client).result(programs.PATIENCE)
+    finally:
+        done.set()
+        busy.join(programs.PATIENCE)
+    other.save_state("after").result(programs.PATIENCE)
+    assert programs.job_of(lab).route != "given up"
 
 
 @pytest.mark.parametrize("mode", ["drop", "hang", "rubbish", "error", "slow_drip", "redirect"])

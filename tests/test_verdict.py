@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tinker_routefix._control_plane import JobState, read_answer, state_of
 from tinker_routefix._job import Job, base_of
-from tinker_routefix._verdict import Verdict, of_body
+from tinker_routefix._verdict import MAX_BODY, Cure, Verdict, cure_in, of_body
 
 # Threads of clients that other tests have left draw their own numbers meanwhile.
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
@@ -428,3 +428,43 @@ def test_only_a_plain_yes_is_running(status: int, document: Any, spelling: Any) 
     assert (state is JobState.RUNNING) == (status == 200 and said_so)
     assert said.isprintable()
     assert len(said) <= 80
+
+
+# --- Cures -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "document", "cure"),
+    [
+        (503, {"queue_state": "route_not_ready"}, Cure.ROUTE_NOT_READY),
+        (503, {"error": {"queue_state": "route_not_ready"}}, Cure.ROUTE_NOT_READY),
+        (503, {"detail": {"queue_state": "route_not_ready"}}, Cure.ROUTE_NOT_READY),
+        (503, {"queue_state": "paused"}, None),
+        (503, {"error": {"code": "ROUTE_STALE"}}, None),
+        (503, [], None),
+        (503, None, None),
+        (404, {"error": {"code": "ROUTE_STALE"}}, Cure.DISTINCT_CODE),
+        (410, {"error": {"code": "ROUTE_STALE"}}, Cure.DISTINCT_CODE),
+        (404, {"error": {"code": "NOT_FOUND"}}, None),
+        (404, {"error": {"code": 7}}, None),
+        (404, {"error": "ROUTE_STALE"}, None),
+        (404, {"detail": "Not Found"}, None),
+        (404, {"queue_state": "route_not_ready"}, None),
+        (404, None, None),
+        (429, {"queue_state": "route_not_ready", "error": {"code": "ROUTE_STALE"}}, None),
+    ],
+)
+def test_cures(status: int, document: Any, cure: Cure | None) -> None:
+    body = b"\xff{" if document is None else json.dumps(document).encode()
+    assert cure_in(status, body) is cure
+
+
+def test_a_body_that_is_too_long_shows_no_cure() -> None:
+    body = json.dumps({"queue_state": "route_not_ready", "more": "x" * MAX_BODY})
+    assert cure_in(503, body.encode()) is None
+
+
+@fuzz
+@given(st.sampled_from([404, 410, 503]), st.binary(max_size=200) | st.text().map(str.encode))
+def test_no_answer_is_too_strange_to_look_for_a_cure(status: int, body: bytes) -> None:
+    cure_in(status, body)

@@ -110,6 +110,9 @@ class Answer:
     """``time.monotonic()`` at the end of the question."""
 
 
+NOT_ASKED = Answer(JobState.UNKNOWN, "not asked", float("-inf"))
+
+
 def state_of(word: str) -> JobState:
     """The meaning of a job state's name, with or without its prefix; new ones are unknown."""
     name = word.removeprefix(_PREFIX)
@@ -167,7 +170,7 @@ class ControlPlane:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._answer: Answer | None = None
+        self._answer = NOT_ASKED
         self._question: asyncio.Task[Answer] | None = None
         self._warned = False
         self.questions = 0
@@ -189,7 +192,7 @@ class ControlPlane:
         Args:
             headers: Those of the refused request; only its credentials are sent on.
         """
-        if self._answer is not None and time.monotonic() - self._answer.at < GOOD_FOR:
+        if time.monotonic() - self._answer.at < GOOD_FOR:
             return self._answer
         if self._question is None or self._question.done():
             credentials = {name: headers[name] for name in CREDENTIALS if name in headers}

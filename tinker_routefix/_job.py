@@ -67,6 +67,11 @@ class Job:
             return None
         return cls(gateway.rstrip("/"), account, name)
 
+    @property
+    def url(self) -> str:
+        """The base URL that leads to this job."""
+        return f"{self.gateway}/training/v1/rlorTrainerJobs/{self.account}/{self.name}"
+
     def control_plane_url(self, root: str | None = None) -> str:
         """Where the control plane answers for this job; ``root`` defaults to the gateway."""
         return f"{root or self.gateway}/v1/accounts/{self.account}/rlorTrainerJobs/{self.name}"

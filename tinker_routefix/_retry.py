@@ -10,6 +10,7 @@ object, and coroutines that share one get each other's exceptions.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tenacity.asyncio import AsyncRetrying, retry_if_exception
 
 from . import _log, _settings, events
-from ._control_plane import Answer, JobState
+from ._control_plane import NOT_ASKED, JobState
 
 if TYPE_CHECKING:
     import tenacity
@@ -54,6 +55,8 @@ class Waiting:
         self._probe = probe
         self._longest = longest
         self._settings = _settings.current()
+        self.answer = NOT_ASKED
+        """The control plane's last word."""
         self._released_at = float("-inf")
         self._second_try = False
 
@@ -73,6 +76,32 @@ class Waiting:
             reraise=True,
         )
 
+    def advice(self) -> str:
+        """What to do once the 404 is handed on; for people."""
+        check = f"`tinker-routefix check {self.route.job.url}`"
+        if self.answer.state is JobState.OVER:
+            return (
+                "The job is over, asleep or not visible with this key: see what ended it, and "
+                "resume from its last checkpoint on one that runs"
+            )
+        if self.answer.state is JobState.RUNNING:
+            return (
+                f"The job runs, but its route did not come back in time: {check} tells when it is "
+                f"back, to resume from the last checkpoint; larger {self.limits} make the shim "
+                "wait longer"
+            )
+        if self.answer.state is JobState.ON_ITS_WAY:
+            return f"The job does not run yet: start again when {check} calls its route healthy"
+        return (
+            "Whether the job runs could not be learnt, and without that nothing is sent again for "
+            f"long: {check} shows whether the control plane can be reached from here"
+        )
+
+    @property
+    def limits(self) -> str:
+        """The settings that bound the wait."""
+        return "TINKER_ROUTEFIX_WARMUP_TIMEOUT"
+
     async def _may_go_on(self, error: BaseException) -> bool:
         """Whether to wait and try again after an error."""
         raise NotImplementedError
@@ -88,7 +117,7 @@ class Waiting:
     def _next(self, _: tenacity.RetryCallState) -> float:
         """How long the next wait may be."""
         full: float = min(self._settings.base_delay * 2**self.full_waits, self._longest)
-        return max(0.0, min(full * random.uniform(1 - JITTER, 1), self._left()))  # noqa: S311
+        return min(full * random.uniform(1 - JITTER, 1), self._left())  # noqa: S311
 
     def _say_progress(self, _: tenacity.RetryCallState) -> None:
         """Log that the wait goes on."""
@@ -156,7 +185,6 @@ class Replay(Waiting):
         self.error = error
         self.what = what
         self.replays = 0
-        self.answer: Answer | None = None
         self._headers = headers
         self._send = send
         self._refused = refused
@@ -174,6 +202,9 @@ class Replay(Waiting):
         with self.route.incident():
             try:
                 answer: Any = await self.policy()(self._attempt)
+            except asyncio.CancelledError:
+                self.route.counters.cancelled += 1
+                raise
             except Exception as error:
                 if self._refused(error):
                     self._give_up(error)
@@ -182,6 +213,13 @@ class Replay(Waiting):
         self.route.counters.recovered += 1
         self._publish(events.Recovered, replays=self.replays, seconds=self._waited())
         return answer
+
+    @property
+    def limits(self) -> str:
+        """The settings that bound the wait."""
+        if self.patient:
+            return super().limits
+        return "TINKER_ROUTEFIX_MAX_REPLAYS and TINKER_ROUTEFIX_RETRY_BUDGET"
 
     def _left(self) -> float:
         if self.patient:
@@ -220,8 +258,6 @@ class Replay(Waiting):
         return self._allowed()
 
     def _allowed(self) -> bool:
-        if self.answer is None:
-            return False
         if self.patient:
             return self.answer.state is not JobState.OVER
         return self.answer.state is JobState.RUNNING
@@ -235,30 +271,35 @@ class Replay(Waiting):
         if error is not self.error:
             self._forget()
             self.error = error
-        counters = self.route.counters
-        counters.refused += 1
-        counters.last_intervention = time.time()
+        self.route.refused()
         self._publish(events.Refused, replays=self.replays)
 
     def _give_up(self, error: Exception) -> None:
         counters = self.route.counters
-        self.route.given_up = True
+        self.route.give_up()
         kind = events.GivenUp
         if self._allowed():
             counters.given_up += 1
         else:
             kind = events.FailedFast
             counters.failed_fast += 1
-        said = self.answer.said if self.answer is not None else "not asked"
-        event = self._publish(kind, said=said, replays=self.replays, seconds=self._waited())
-        error.add_note(f"tinker_routefix: {event}")
+        event = kind(
+            job=str(self.route.job),
+            request=self.what,
+            state=self.answer.state.value,
+            said=self.answer.said,
+            said_ago=round(time.monotonic() - self.answer.at, 3),
+            replays=self.replays,
+            seconds=self._waited(),
+        )
+        events.publish(event, limit=self.route.limit)
+        error.add_note(f"tinker_routefix: {event}. {self.advice()}")
 
     def _waited(self) -> float:
         seconds = self.elapsed
         self.route.counters.longest_wait = max(self.route.counters.longest_wait, seconds)
         return round(seconds, 3)
 
-    def _publish(self, kind: type[events.RequestEvent], **facts: Any) -> events.RequestEvent:
+    def _publish(self, kind: type[events.RequestEvent], **facts: Any) -> None:
         event = kind(job=str(self.route.job), request=self.what, **facts)
         events.publish(event, limit=self.route.limit)
-        return event

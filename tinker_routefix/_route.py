@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
+from . import _report
 from ._control_plane import ControlPlane
 from ._log import RateLimit
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from ._job import Job
+    from ._verdict import Cure
+
+DRAIN = 30.0
+"""Seconds that tinker before 0.38 holds a fatal exception back while telemetry is refused."""
 
 FORGIVEN_AFTER = 60.0
 """Seconds without trouble after which connecting has its whole budget again; for processes
@@ -39,7 +44,7 @@ class Counters:
     """What the shim has met and done for one job; only ever growing."""
 
     refused: int = 0
-    """404s of the gateway, or of unknown origin, met by the program's requests."""
+    """404s of the gateway, or of unknown origin, met by the program's requests and warm-ups."""
     probes: int = 0
     """Requests of our own: warm-up and light prober."""
     replays: int = 0
@@ -49,6 +54,8 @@ class Counters:
     """Requests that were refused until their budget was spent."""
     failed_fast: int = 0
     """Requests that were handed their 404 because the control plane did not say RUNNING."""
+    cancelled: int = 0
+    """Requests that the program itself gave up while they waited."""
     telemetry_dropped: int = 0
     """Telemetry batches of a job that is gone, dropped instead of re-sent."""
     longest_wait: float = 0.0
@@ -58,6 +65,8 @@ class Counters:
     """Time that creating training clients spent on warming up, all together."""
     last_intervention: float | None = None
     """When a 404 was last met (seconds since the epoch)."""
+    cure: str | None = None
+    """A cure that the gateway was seen to have: see :class:`._verdict.Cure`."""
 
 
 class Route:
@@ -75,6 +84,7 @@ class Route:
         self.model_id: str | None = None
         self.given_up = False
         """A program was handed a 404 and nothing has come through since."""
+        self._given_up_at = float("-inf")
         self.answered_at = float("-inf")
         self.last_probe = float("-inf")
         self._troubled = 0
@@ -96,6 +106,14 @@ class Route:
         return self._troubled > 0 or self.given_up
 
     @property
+    def drained(self) -> bool:
+        """A program may be waiting for telemetry before it gets its 404.
+
+        Also where another client has got through meanwhile: replicas differ.
+        """
+        return self.given_up or time.monotonic() - self._given_up_at < DRAIN
+
+    @property
     def sleepers(self) -> int:
         """How many requests wait for the route at this moment."""
         return len(self._sleepers)
@@ -110,6 +128,22 @@ class Route:
         self.warm = True
         self._connect_spent = 0.0
         self._incident_began = time.monotonic()
+
+    def refused(self) -> None:
+        """Note that the program, or a warm-up in its place, met a 404 that is not the pod's."""
+        self.counters.refused += 1
+        self.counters.last_intervention = time.time()
+        _report.at_exit()
+
+    def show(self, cure: Cure) -> None:
+        """Note that the gateway was seen to tell a stale route from a job that is gone."""
+        self.counters.cure = cure.value
+        _report.at_exit()
+
+    def give_up(self) -> None:
+        """Note that the program is handed a 404."""
+        self.given_up = True
+        self._given_up_at = time.monotonic()
 
     def answered(self) -> None:
         """Note that something came through the route, and release all who wait for it."""
@@ -163,7 +197,7 @@ class Route:
             self._prober = asyncio.ensure_future(probe())
         asked = time.monotonic()
         earliest = min(not_before - asked, seconds)
-        if self.answered_at > since:
+        if self.answered_at >= since:
             await self.rest(earliest)
             return True
         sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -174,7 +208,7 @@ class Route:
         finally:
             timer.cancel()
             self._sleepers.pop(sleeper, None)
-        return self.answered_at > since
+        return self.answered_at >= since
 
     async def rest(self, seconds: float) -> None:
         """Wait for so long, whatever happens on the route."""

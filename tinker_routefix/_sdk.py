@@ -23,7 +23,7 @@ from ._connections import Lending
 from ._job import Job
 from ._retry import Replay
 from ._route import Route, route_to
-from ._verdict import Verdict
+from ._verdict import Cure, Verdict
 from ._warmup import light_prober, warm_up
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ async def _send(
         if not _is_answer(error):
             raise
         if not _is_refused(error, route.job):
-            route.answered()
+            _tell_if_answered(error, route)
             raise
         if _note(error) is not None:
             # Refused and given up on below us: whoever replaced a seam calls our
@@ -217,7 +217,7 @@ async def _send(
             raise
         path = _path(args, kwargs)
         if path in _LEFT_ALONE:
-            if path == _TELEMETRY and route.given_up:
+            if path == _TELEMETRY and route.drained:
                 # Until 0.38 tinker re-sends a refused batch every second, and a fatal
                 # exception waits 30 s for it. It discards what this returns.
                 route.counters.telemetry_dropped += 1
@@ -232,7 +232,21 @@ async def _send(
             route.answered()
         return answer
     # Out here, so that what a replay meets does not carry the first 404 as its context.
-    return await replay.run()
+    answer = await replay.run()
+    # Only now is it known that the route was stale and the job not gone.
+    cure = _cure_in(replay.error)
+    if cure is not None:
+        route.show(cure)
+    return answer
+
+
+def _tell_if_answered(error: Exception, route: Route) -> None:
+    """Any answer shows that the route is there, but one that says that it is not."""
+    cure = _cure_in(error)
+    if cure is Cure.ROUTE_NOT_READY:
+        route.show(cure)
+    else:
+        route.answered()
 
 
 def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -322,6 +336,15 @@ def _is_refused(error: BaseException, job: Job) -> bool:
     return verdict is not Verdict.POD or _settings.current().match == "any"
 
 
+def _cure_in(error: BaseException) -> Cure | None:
+    """The cure of the gateway that an answer shows, if it met a stale route; never raises."""
+    response = cast("httpx.Response", cast("Any", error).response)
+    try:
+        return _verdict.cure_in(response.status_code, response.content)
+    except httpx.StreamError:  # a body that was never read
+        return None
+
+
 def _headers(error: BaseException) -> Mapping[str, str]:
     return cast("httpx.Response", cast("Any", error).response).request.headers
 
@@ -335,7 +358,12 @@ class _Prober:
     send: Callable[[Callable[[Any], Any]], Any]
 
     async def __call__(self) -> None:
-        await self.send(self._request)
+        try:
+            await self.send(self._request)
+        except Exception as error:
+            if _is_answer(error) and _cure_in(error) is Cure.ROUTE_NOT_READY:
+                self.route.show(Cure.ROUTE_NOT_READY)
+            raise
 
     def _request(self, client: Any) -> Any:
         options = {"timeout": PROBE_TIMEOUT, "max_retries": 0}
@@ -352,7 +380,7 @@ class _Prober:
         return _headers(error)
 
     def answered(self, error: BaseException) -> bool:
-        return _is_answer(error)
+        return _is_answer(error) and _cure_in(error) is not Cure.ROUTE_NOT_READY
 
 
 @functools.cache

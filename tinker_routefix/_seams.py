@@ -11,7 +11,6 @@ as long to define.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import importlib
 import inspect
@@ -19,7 +18,6 @@ import logging
 import os
 import sys
 import threading
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wrapt
@@ -225,7 +223,7 @@ def _patch_if_complete(sdk: Sdk) -> None:
         if _settings.current().strict:
             raise RuntimeError(message) from error
         # Where warnings are errors, the user's own import must still not fail.
-        _warn(message)
+        _log.warn("shim.cannot_help", message)
         return
     _ledger.extend(begun)
     if begun:
@@ -326,11 +324,12 @@ def _wrap_again(sdk: Sdk, seam: Seam) -> None:
         except _MissingSeamError as error:
             if seam not in _complained:
                 _complained.add(seam)
-                _warn(
+                _log.warn(
+                    "shim.cannot_help",
                     f"tinker_routefix: {seam.attribute} of {sdk.name} {_release(sdk)} has been "
                     f"replaced by another package after the shim wrapped it, and what stands "
                     f"there now cannot be wrapped: {error}. What the shim does there no longer "
-                    "works; import tinker_routefix after that package."
+                    "works; import tinker_routefix after that package.",
                 )
             return
         setattr(patch.owner, patch.name, patch.wrapper)
@@ -360,14 +359,6 @@ def _tracker() -> str:
         urls = []
     links: dict[str, str] = dict(url.split(", ", 1) for url in urls)
     return links.get("Issues", "the shim's issue tracker")
-
-
-def _warn(message: str) -> None:
-    """One log line and one :class:`RoutefixWarning`, without ever raising."""
-    _log.event(logging.WARNING, "shim.cannot_help", message)
-    # `-W error`: the log line has been written, and an import is no place to raise.
-    with contextlib.suppress(_log.RoutefixWarning):
-        warnings.warn(message, _log.RoutefixWarning, stacklevel=2)
 
 
 def _renew_lock() -> None:

@@ -80,7 +80,7 @@ class JobStatus:
     route: str
     """``connecting``, ``warm``, ``waiting`` (a request waits for it) or ``given up``."""
     refused: int
-    """404s of the gateway, or of unknown origin, met by the program's requests."""
+    """404s of the gateway, or of unknown origin, met by the program's requests and warm-ups."""
     questions: int
     """Questions put to the control plane."""
     probes: int
@@ -89,6 +89,7 @@ class JobStatus:
     recovered: int
     given_up: int
     failed_fast: int
+    cancelled: int
     telemetry_dropped: int
     longest_wait: float
     """From a request's first 404 to its end, or for a warm-up that met one."""
@@ -96,6 +97,9 @@ class JobStatus:
     warmup_seconds: float
     last_intervention: float | None
     """When a 404 was last met, in seconds since the epoch; None: never needed."""
+    cure: str | None
+    """``503 route_not_ready`` or ``distinct code``, where the gateway was seen to tell a stale
+    route from a job that is gone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

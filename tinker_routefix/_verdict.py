@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
+from http import HTTPStatus
 from typing import Any
 
 MAX_BODY = 64 * 1024
@@ -24,20 +25,58 @@ class Verdict(enum.Enum):
     UNKNOWN = "unknown"
 
 
+class Cure(enum.Enum):
+    """How a gateway can tell a stale route from a job that is gone, so that the SDK knows."""
+
+    ROUTE_NOT_READY = "503 route_not_ready"
+    """The SDK repeats a 503 by itself."""
+    DISTINCT_CODE = "distinct code"
+    """A 404, or another answer that means "gone", with a code of its own for a stale route."""
+
+
 def of_body(body: bytes) -> Verdict:
     """Tell from the body of a 404 who wrote it; never raises."""
-    if len(body) > MAX_BODY:
+    document = _document(body)
+    if document is None:
         return Verdict.UNKNOWN
-    try:
-        document: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return Verdict.UNKNOWN
-    if not isinstance(document, dict):
-        return Verdict.UNKNOWN
-    error = document.get("error")
-    if isinstance(error, dict) and error.get("code") == "NOT_FOUND":
+    if _code(document) == _NOT_FOUND:
         return Verdict.GATEWAY
     # FastAPI's shape.
     if "detail" in document and "error" not in document:
         return Verdict.POD
     return Verdict.UNKNOWN
+
+
+def cure_in(status: int, body: bytes) -> Cure | None:
+    """The cure that an answer shows, if it was given for a stale route; never raises."""
+    if status not in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
+        return None
+    document = _document(body) or {}
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        # At the top, or in the object that holds the error.
+        places = (document, document.get("error"), document.get("detail"))
+        ready = all(
+            not isinstance(place, dict) or place.get("queue_state") != "route_not_ready"
+            for place in places
+        )
+        return None if ready else Cure.ROUTE_NOT_READY
+    return Cure.DISTINCT_CODE if _code(document) not in (None, _NOT_FOUND) else None
+
+
+_NOT_FOUND = "NOT_FOUND"
+
+
+def _document(body: bytes) -> dict[str, Any] | None:
+    if len(body) > MAX_BODY:
+        return None
+    try:
+        document: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _code(document: dict[str, Any]) -> str | None:
+    error = document.get("error")
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, str) else None

@@ -24,7 +24,7 @@ import tenacity
 from tenacity.asyncio import AsyncRetrying
 
 from . import _log, _settings, events
-from ._control_plane import Answer, JobState
+from ._control_plane import JobState
 from ._retry import PACE, Probe, Waiting
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ class _WarmUp(Waiting):
         super().__init__(route, probe, longest=_settings.current().warmup_max_delay)
         self._prober = prober
         self._spent_before = 0.0 if route.warm else route.connect_spent()
-        self._answer: Answer | None = None
         self.rounds = 0
         self.refused = False
         """A 404 was met; what is left to see is whether it went away."""
@@ -98,22 +97,23 @@ class _WarmUp(Waiting):
             return False
         self.refused = True
         self.refused_at = time.monotonic()
-        self.route.counters.last_intervention = time.time()
-        self._answer = await self.route.control_plane.ask(self._prober.headers(error))
-        return self._answer.state is not JobState.OVER
+        self.route.refused()
+        self.answer = await self.route.control_plane.ask(self._prober.headers(error))
+        return not self.over
 
     def note(self) -> str:
         """What was seen, for the exception that ends the warm-up."""
-        said = self._answer.said if self._answer is not None else "not asked"
+        ago = time.monotonic() - self.answer.at
         return (
             f"job {self.route.job}: the gateway still answered 404 after {self.elapsed:.1f} s "
-            f"and {self.rounds} rounds; the control plane's word on the job: {said}"
+            f"and {self.rounds} rounds; the control plane's word on the job, {ago:.1f} s before: "
+            f"{self.answer.said}. {self.advice()}"
         )
 
     @property
     def over(self) -> bool:
         """The control plane has said that the job is over or gone."""
-        return self._answer is not None and self._answer.state is JobState.OVER
+        return self.answer.state is JobState.OVER
 
 
 async def warm_up(route: Route, open_prober: OpenProber) -> None:
@@ -154,6 +154,9 @@ async def _run(route: Route, warm: _WarmUp, prober: Prober) -> Exception | None:
     outcome, met = "warm", None
     try:
         await warm.run()
+    except asyncio.CancelledError:
+        route.counters.cancelled += warm.refused
+        raise
     except Exception as error:  # noqa: BLE001 - told apart below
         met = type(error).__name__
         if not prober.refused(error):
@@ -180,7 +183,7 @@ async def _run(route: Route, warm: _WarmUp, prober: Prober) -> Exception | None:
 
 
 def _failure(route: Route, warm: _WarmUp, error: Exception) -> Exception:
-    route.given_up = True
+    route.give_up()
     note = f"tinker_routefix: {warm.note()}"
     if warm.over:
         route.counters.failed_fast += 1

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from ._log import RateLimit
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, for a sentence."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """Something that was met or done on the route to one job."""
@@ -161,7 +166,7 @@ class Recovered(RequestEvent):
     def __str__(self) -> str:
         return (
             f"{self.request} of job {self.job} got through after {self.seconds:.1f} s "
-            f"and {self.replays} replays"
+            f"and {counted(self.replays, 'replay')}"
         )
 
 
@@ -171,8 +176,12 @@ class GivenUp(RequestEvent):
 
     name: ClassVar[str] = "route.given_up"
 
+    state: str
+    """What the control plane's last word on the job means: as in :class:`QuestionAnswered`."""
     said: str
-    """The control plane's last word on the job."""
+    """The word itself."""
+    said_ago: float
+    """How long ago that was."""
     seconds: float
     """Since its first 404."""
 
@@ -184,7 +193,8 @@ class GivenUp(RequestEvent):
     def __str__(self) -> str:
         return (
             f"the gateway answered {self.request} of job {self.job} with a 404; the control "
-            f"plane's word on the job: {self.said}; {self.replays} replays in {self.seconds:.1f} s"
+            f"plane's word on the job, {self.said_ago:.1f} s before: {self.said}; "
+            f"{counted(self.replays, 'replay')} in {self.seconds:.1f} s"
         )
 
 

@@ -1,0 +1,71 @@
+"""A process's last words: whether it needed the shim, and whether the shim can go.
+
+One line each, at INFO, and none for a process that met nothing: what is read at the end of a
+run is read. Nothing is registered before there is something to tell.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+from . import _log
+from ._verdict import Cure
+from .events import counted
+
+if TYPE_CHECKING:
+    from ._route import Counters
+
+_HOW = (
+    "delete the import of tinker_routefix, or unset TINKER_ROUTEFIX_AUTOLOAD, and uninstall the "
+    "package"
+)
+
+
+@functools.cache
+def at_exit() -> None:
+    """Have the last words said at the end of this process; harmless when repeated."""
+    atexit.register(_say)
+
+
+def _say() -> None:
+    from . import _route  # which imports this module
+
+    jobs = [route.counters for route in _route.all_routes()]
+    needed = [counters for counters in jobs if counters.refused]
+    if needed:
+        _log.event(logging.INFO, "process.report", report(needed))
+    cures = {counters.cure for counters in jobs if counters.cure is not None}
+    if cures:
+        _log.event(logging.INFO, "process.retire", retirement(cures, needed=bool(needed)))
+
+
+def report(jobs: list[Counters]) -> str:
+    """What was met on the jobs that needed help, and what came of it."""
+    met = sum(job.refused for job in jobs)
+    ends = {
+        "recovered": sum(job.recovered for job in jobs),
+        "given up": sum(job.given_up for job in jobs),
+        "failed fast": sum(job.failed_fast for job in jobs),
+        "cancelled": sum(job.cancelled for job in jobs),
+    }
+    came = [f"{count} {end}" for end, count in ends.items() if count]
+    outcome = "all recovered" if came == [f"{ends['recovered']} recovered"] else ", ".join(came)
+    longest = max(job.longest_wait for job in jobs)
+    return (
+        f"met {counted(met, 'gateway 404')} on {counted(len(jobs), 'job')}, "
+        f"{outcome or 'none recovered'}, longest wait {longest:.1f} s"
+    )
+
+
+def retirement(cures: set[str], *, needed: bool) -> str:
+    """Whether the shim can go, and how."""
+    if Cure.ROUTE_NOT_READY.value in cures:
+        seen = "the gateway answers 503 route_not_ready for a stale route: the SDK repeats that"
+        until = "once it does so for all, so that no 404 is met any more" if needed else ""
+    else:
+        seen = "the gateway tells a stale route from a job that is gone by a code of its own"
+        until = "once the SDK knows that code"
+    return f"{seen}; tinker_routefix can go {until + ': ' if until else 'now: '}{_HOW}"
