@@ -114,9 +114,10 @@ def account(played: Played) -> list[str]:
     """What the program was told, and what was sent for it."""
     aside = ("control_plane", "heartbeat", "telemetry", "get_info", "capabilities")
     told = [f"{one.op}: {one.state}, {type(one.error).__name__}" for one in played.results]
-    sent = [
+    # Sorted: the parts of a batch are sent side by side.
+    sent = sorted(
         f"{one.kind}:{one.subject} {one.seq_id} -> {one.status}"
         for one in played.exchanges
         if one.kind not in aside
-    ]
+    )
     return told + sent

@@ -371,6 +371,9 @@ def _allowed(played: Played, result: Result) -> Iterator[type[BaseException]]:
         status = trouble.answer.status
         if _meets(trouble, result, polls=False):
             yield from SUBMISSION_ERRORS.get(status, ())
+            if connecting and status == 400:
+                # 0.38 takes a bare one for an edge fault, and closes the client that it is on.
+                yield tinker.APIConnectionError
             if played.shim and connecting and trouble.of_gateway:
                 yield RouteTimeoutError
         if _meets(trouble, result, polls=True):

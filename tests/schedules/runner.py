@@ -549,8 +549,11 @@ class _Part:
         """Make a call; None where it has waited itself."""
         future = self._call(tag, op)
 
-        def ended(_: object) -> None:
+        def ended(future: Any) -> None:
             result.ended = self.stage.lab._gateway.clock()
+            if future.cancelled() or future.exception() is not None:
+                # Perhaps long before the program looks at it.
+                self.stage.wounded.add(result.client)
 
         if future is not None:
             _concurrent(future).add_done_callback(ended)
