@@ -9,6 +9,7 @@ table. `nox -l` lists the parts; options behind `--` go to what a part runs.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -54,7 +55,6 @@ WITHOUT_TINKER = [
     "tests/test_cli.py",
     "tests/test_control_plane.py",
     "tests/test_demo.py",
-    "tests/test_failures.py",
     "tests/test_lab.py",
     "tests/test_limits.py",
     "tests/test_policy.py",
@@ -70,13 +70,15 @@ WITH_TINKER = ["tests/test_seams.py", "tests/test_steps_aside.py", "tests/test_s
 PROOF = [
     "tests/test_bad_input.py",
     "tests/test_events.py",
+    "tests/test_failures.py",
     "tests/test_retirement.py",
+    "tests/test_schedules.py",
     "tests/test_secrets.py",
 ]
-"""What is fuzzed and searched for: on the first and the last tinker of the matrix."""
+"""What is drawn, fuzzed, broken and searched for: on the first and the last tinker above."""
 
 # The tests wait more than they work, so there are more of them at a time than cores.
-PYTEST = ("python", "-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
+PYTEST = ("-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
 
 
 def requirement(tinker: str) -> str:
@@ -100,8 +102,24 @@ def away(session: nox.Session) -> None:
 
 
 def pytest(session: nox.Session, files: list[str]) -> None:
+    """Run tests; on one of the Pythons with what they cover noted for `coverage`."""
+    data = coverage_data(session)
     away(session)
-    session.run(*PYTEST, *(session.posargs or files))
+    python: tuple[str, ...] = ("python",)
+    if session.python == NEWEST_PYTHON:
+        for old in data.parent.glob(f"{data.name}*"):
+            old.unlink()
+        session.env["COVERAGE_FILE"] = str(data)
+        python = ("python", "-m", "coverage", "run", "--rcfile=tests/coverage.toml")
+    session.run(*python, *PYTEST, *(session.posargs or files))
+
+
+def coverage_data(session: nox.Session) -> Path:
+    """Where a session notes what its tests cover: a file of each process, named like this."""
+    name = re.sub(r"[^a-z0-9]+", "-", session.name.lower())
+    folder = session.cache_dir.absolute() / "coverage"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f".coverage.{name}"
 
 
 def survey_releases(session: nox.Session, *options: str) -> None:
@@ -184,7 +202,7 @@ def race(session: nox.Session, tinker: str) -> None:
 @nox.session(python=NEWEST_PYTHON)
 @nox.parametrize("tinker", [TINKERS[0], TINKERS[-1]])
 def proof(session: nox.Session, tinker: str) -> None:
-    """Bad input, events, keys where they must not be, and a gateway that is cured."""
+    """Random schedules, bad input, failures, and keys where they must not be."""
     install(session, tinker)
     pytest(session, PROOF)
 
@@ -301,6 +319,17 @@ def survey(session: nox.Session) -> None:
         f"--row={row}={environment(session, row, fireworks_requirements(row))}" for row in FIREWORKS
     ]
     survey_releases(session, *rows)
+
+
+@nox.session(python=NEWEST_PYTHON)
+def coverage(session: nox.Session) -> None:
+    """Every branch of the shim, over all that the sessions before this one have run."""
+    session.install("coverage>=7.10")
+    data = session.cache_dir.absolute() / "coverage"
+    session.env["COVERAGE_FILE"] = str(data / ".coverage")
+    options = "--rcfile=tests/coverage.toml"
+    session.run("coverage", "combine", "--keep", "--quiet", options, str(data))
+    session.run("coverage", "report", options, *session.posargs)
 
 
 @nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])

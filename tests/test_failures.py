@@ -147,6 +147,7 @@ def test_an_answer_that_says_too_little_is_nobodys_404() -> None:
     assert not _sdk._is_refused(AnsweredError(unread), JOB)
     assert not _sdk._is_refused(AnsweredError(None), JOB)
     assert not _sdk._is_refused(ValueError("no answer at all"), JOB)
+    assert _sdk._cure_in(AnsweredError(unread)) is None
 
 
 def test_a_model_without_a_name_is_warmed_up_on_another_path(lab: Lab) -> None:

@@ -150,6 +150,21 @@ async def in_parallel(requests: list[Replay]) -> list[Any]:
     return await asyncio.gather(*(one.run() for one in requests), return_exceptions=True)
 
 
+def test_a_clock_may_be_coarse(time: Time) -> None:
+    """An answer in the very moment of a refusal may have come after it."""
+    on, light = route(), prober(time, heals=FOREVER)
+
+    async def wait() -> bool:
+        on.answered_at = time.now
+        with on.incident():
+            return await on.pause(
+                60, since=time.now, not_before=time.now, probe=light_prober(on, light.open)
+            )
+
+    assert time.run(wait())
+    assert time.passed < 1
+
+
 # --- One request and the prober ----------------------------------------------------------
 
 
@@ -648,6 +663,24 @@ def test_a_healthy_warm_up_is_one_round_and_nothing_to_remember(time: Time) -> N
     assert on.counters.last_intervention is None
     assert not on.given_up
     assert light.opened == light.closed == 1
+
+
+@pytest.mark.parametrize(("heals", "cancelled"), [(FOREVER, 1), (0, 0)])
+def test_a_warm_up_that_the_program_takes_back(time: Time, heals: float, cancelled: int) -> None:
+    """It counts only where a 404 was met."""
+    on, light = route(warm=False), prober(time, heals=heals, seconds=0.05)
+
+    async def program() -> None:
+        warming = asyncio.ensure_future(warm_up(on, light.open))
+        await asyncio.sleep(3 if heals else 0.01)
+        warming.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await warming
+
+    time.run(program())
+    assert on.counters.cancelled == cancelled
+    assert on.counters.recovered == on.counters.given_up == 0
+    assert not on.warm
 
 
 @pytest.mark.parametrize("order", [(None, ValueError("500"), "ok"), (ValueError("500"), None)])
