@@ -68,12 +68,14 @@ class ControlPlane:
     def __init__(self, *states: JobState) -> None:
         self.states = list(states) or [JobState.RUNNING]
         self.questions = 0
+        self.ago = 0.0
+        """How old its answers are."""
 
     async def ask(self, _: object) -> Answer:
         state = self.states[min(self.questions, len(self.states) - 1)]
         self.questions += 1
         await asyncio.sleep(0)
-        return Answer(state, f"JOB_STATE_{state.name}", time.monotonic())
+        return Answer(state, f"JOB_STATE_{state.name}", time.monotonic() - self.ago)
 
 
 def route(*states: JobState, warm: bool = True) -> Route:

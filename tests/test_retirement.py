@@ -95,7 +95,7 @@ def test_one_that_needed_nothing_says_nothing(make_lab: MakeLab, switch: str) ->
     ],
 )
 def test_what_came_of_it(counters: list[Counters], text: str) -> None:
-    assert text in _report.report(counters)
+    assert text in _report.report(counters, jobs=len(counters))
 
 
 def test_a_request_that_the_program_takes_back_is_counted(make_lab: MakeLab) -> None:

@@ -530,6 +530,7 @@ def test_one_that_is_cancelled_leaves_the_others_waiting(time: Time) -> None:
         return on.sleepers, await stays
 
     assert time.run(program()) == (1, "answer")
+    assert (on.counters.cancelled, on.counters.recovered) == (1, 1)
     assert light.opened == light.closed == 1
     assert Counter(gateway.came) == {2: 2, 5: 1}
 
@@ -755,6 +756,50 @@ def test_a_warm_up_of_a_job_that_is_over_says_so_too(time: Time, told: list[Any]
     assert (on.counters.given_up, on.counters.failed_fast) == (0, 1)
     assert on.counters.recovered == 0
     assert (told[-1].outcome, told[-1].error) == ("over", "RefusedError")
+
+
+# --- Notes --------------------------------------------------------------------------------
+
+GO_ON = "TINKER_ROUTEFIX_MAX_REPLAYS and TINKER_ROUTEFIX_RETRY_BUDGET make the shim wait longer"
+CONNECT = "back, to resume from the last checkpoint; larger TINKER_ROUTEFIX_WARMUP_TIMEOUT make"
+
+
+@pytest.mark.parametrize(
+    ("warm", "state", "advice"),
+    [
+        (True, JobState.RUNNING, GO_ON),
+        (True, JobState.OVER, "The job is over, asleep or not visible with this key"),
+        (True, JobState.ON_ITS_WAY, "The job does not run yet: start again when"),
+        (True, JobState.UNKNOWN, "Whether the job runs could not be learnt"),
+        (False, JobState.RUNNING, CONNECT),
+        (False, JobState.OVER, "The job is over, asleep or not visible with this key"),
+        (False, JobState.ON_ITS_WAY, "The job does not run yet: start again when"),
+        (False, JobState.UNKNOWN, "Whether the job runs could not be learnt"),
+    ],
+)
+def test_a_note_says_what_to_do_next(
+    time: Time, told: list[Any], warm: bool, state: JobState, advice: str
+) -> None:
+    on = route(state, warm=warm)
+    on.control_plane.ago = 0.45678  # type: ignore[attr-defined]
+    with pytest.raises(RefusedError) as caught:
+        time.run(request(on, Gateway(time, heals=FOREVER), no_probe).run())
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"tinker_routefix: {told[-1]}. ")
+    assert advice in note
+    assert f"on the job, 0.5 s before: JOB_STATE_{state.name}; " in note
+    assert (told[-1].said_ago, told[-1].state) == (0.457, state.value)
+    if state is not JobState.OVER:
+        assert "`tinker-routefix check https://gateway.example/training/v1/rlorTrainer" in note
+
+
+def test_so_does_the_one_on_a_warm_up(time: Time) -> None:
+    on = route(warm=False)
+    on.control_plane.ago = 0.45678  # type: ignore[attr-defined]
+    with pytest.raises(RouteTimeoutError) as caught:
+        time.run(warm_up(on, prober(time, heals=FOREVER).open))
+    assert CONNECT in str(caught.value)
+    assert "on the job, 0.5 s before: JOB_STATE_RUNNING. " in str(caught.value)
 
 
 # --- Loops and jobs ----------------------------------------------------------------------

@@ -33,29 +33,32 @@ def at_exit() -> None:
 def _say() -> None:
     from . import _route  # which imports this module
 
-    jobs = [route.counters for route in _route.all_routes()]
-    needed = [counters for counters in jobs if counters.refused]
+    routes = _route.all_routes()
+    needed = [route for route in routes if route.counters.refused]
     if needed:
-        _log.event(logging.INFO, "process.report", report(needed))
-    cures = {counters.cure for counters in jobs if counters.cure is not None}
+        # Two event loops of a process can have a route to the same job.
+        jobs = {route.job for route in needed}
+        text = report([route.counters for route in needed], jobs=len(jobs))
+        _log.event(logging.INFO, "process.report", text)
+    cures = {route.counters.cure for route in routes if route.counters.cure is not None}
     if cures:
         _log.event(logging.INFO, "process.retire", retirement(cures, needed=bool(needed)))
 
 
-def report(jobs: list[Counters]) -> str:
-    """What was met on the jobs that needed help, and what came of it."""
-    met = sum(job.refused for job in jobs)
+def report(counters: list[Counters], *, jobs: int) -> str:
+    """What was met on the routes that needed help, and what came of it."""
+    met = sum(route.refused for route in counters)
     ends = {
-        "recovered": sum(job.recovered for job in jobs),
-        "given up": sum(job.given_up for job in jobs),
-        "failed fast": sum(job.failed_fast for job in jobs),
-        "cancelled": sum(job.cancelled for job in jobs),
+        "recovered": sum(route.recovered for route in counters),
+        "given up": sum(route.given_up for route in counters),
+        "failed fast": sum(route.failed_fast for route in counters),
+        "cancelled": sum(route.cancelled for route in counters),
     }
     came = [f"{count} {end}" for end, count in ends.items() if count]
     outcome = "all recovered" if came == [f"{ends['recovered']} recovered"] else ", ".join(came)
-    longest = max(job.longest_wait for job in jobs)
+    longest = max(route.longest_wait for route in counters)
     return (
-        f"met {counted(met, 'gateway 404')} on {counted(len(jobs), 'job')}, "
+        f"met {counted(met, 'gateway 404')} on {counted(jobs, 'job')}, "
         f"{outcome or 'none recovered'}, longest wait {longest:.1f} s"
     )
 
