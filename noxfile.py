@@ -50,6 +50,13 @@ FIREWORKS = {
     "own-copy": ["fireworks-ai[training-sdk]==1.2.28"],
 }
 
+PROCESSES = (
+    # Only up to 0.27.0 tinker can sample in a process of its own.
+    (PYTHONS[0], "0.15.0"),
+    (NEWEST_PYTHON, "newest"),
+    (PYTHONS[-1], "0.23.0"),
+)
+
 WITHOUT_TINKER = [
     "tests/test_autoload.py",
     "tests/test_cli.py",
@@ -94,7 +101,7 @@ def away(session: nox.Session) -> None:
     here = Path(session.create_tmp()) / "away"
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir()
-    for folder in ("tests", "tools"):
+    for folder in ("docs", "examples", "tests", "tools"):
         shutil.copytree(folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "noxfile.py"):
         shutil.copy(name, here)
@@ -205,6 +212,31 @@ def proof(session: nox.Session, tinker: str) -> None:
     """Random schedules, bad input, failures, and keys where they must not be."""
     install(session, tinker)
     pytest(session, PROOF)
+
+
+@nox.session
+@nox.parametrize("python,tinker", PROCESSES)
+def processes(session: nox.Session, tinker: str) -> None:
+    """Every way in which a run gets a second process, but for Ray's and Jupyter's."""
+    install(session, tinker)
+    pytest(session, ["tests/test_processes.py"])
+
+
+@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
+def ray(session: nox.Session) -> None:
+    """Ray's workers."""
+    install(session, "newest")
+    session.install("ray")
+    # Each test starts a cluster.
+    pytest(session, ["-n", "2", "tests/test_ray.py"])
+
+
+@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
+def jupyter(session: nox.Session) -> None:
+    """A notebook's kernel, with nest_asyncio and without."""
+    install(session, "newest")
+    session.install("ipykernel", "nbclient", "nest_asyncio")
+    pytest(session, ["tests/test_jupyter.py"])
 
 
 @nox.session(python=NEWEST_PYTHON, default=False)
@@ -319,6 +351,17 @@ def survey(session: nox.Session) -> None:
         f"--row={row}={environment(session, row, fireworks_requirements(row))}" for row in FIREWORKS
     ]
     survey_releases(session, *rows)
+
+
+@nox.session(python=NEWEST_PYTHON)
+def docs(session: nox.Session) -> None:
+    """The pages build strictly; their programs run, and what they name exists."""
+    groups = nox.project.dependency_groups(PROJECT, "docs", "test")
+    session.install("-e", ".[lab,tinker]", *groups)
+    site = Path(session.create_tmp()).absolute() / "site"
+    # Not --quiet: it keeps warnings from --strict as well.
+    session.run("mkdocs", "build", "--strict", f"--site-dir={site}")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/test_docs.py"]))
 
 
 @nox.session(python=NEWEST_PYTHON)

@@ -30,7 +30,7 @@ from tests.test_policy import (
 from tinker_routefix import _log, _route, events
 from tinker_routefix._control_plane import Answer, JobState
 from tinker_routefix._retry import Waiting
-from tinker_routefix._route import Route
+from tinker_routefix._route import Counters, Route
 from tinker_routefix._warmup import RouteTimeoutError, light_prober, warm_up
 
 if TYPE_CHECKING:
@@ -756,6 +756,31 @@ def test_a_warm_up_of_a_job_that_is_over_says_so_too(time: Time, told: list[Any]
     assert (on.counters.given_up, on.counters.failed_fast) == (0, 1)
     assert on.counters.recovered == 0
     assert (told[-1].outcome, told[-1].error) == ("over", "RefusedError")
+
+
+def test_telemetry_is_waited_for_only_so_long(time: Time) -> None:
+    """And no longer, so that it is not dropped for ever."""
+    on = route()
+    assert not on.drained
+    on.give_up()
+    time.now += 1000
+    assert on.drained
+    on.give_up()
+    on.answered()
+    time.now += 29.9
+    assert on.drained
+    time.now += 0.2
+    assert not on.drained
+    assert on.counters == Counters()
+
+
+def test_a_line_of_a_kind_every_five_seconds(time: Time) -> None:
+    on = route()
+    assert on.limit.skipped("route.refused") == 0
+    time.now += 4.9
+    assert on.limit.skipped("route.refused") is None
+    time.now += 0.2
+    assert on.limit.skipped("route.refused") == 1
 
 
 # --- Notes --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -258,3 +259,13 @@ def publish(event: Event, *, limit: RateLimit | None = None) -> None:
             tell(event)
         except Exception as error:  # noqa: BLE001 - the program's own code, inside a request of it
             _log.own_failure("a subscriber's function", error, strict=False)
+
+
+def _renew_lock() -> None:
+    """In a forked child: who held it in the parent is not there to let go."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
