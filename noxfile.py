@@ -214,7 +214,7 @@ def proof(session: nox.Session, tinker: str) -> None:
     pytest(session, PROOF)
 
 
-@nox.session
+@nox.session()
 @nox.parametrize("python,tinker", PROCESSES)
 def processes(session: nox.Session, tinker: str) -> None:
     """Every way in which a run gets a second process, but for Ray's and Jupyter's."""
@@ -237,6 +237,21 @@ def jupyter(session: nox.Session) -> None:
     install(session, "newest")
     session.install("ipykernel", "nbclient", "nest_asyncio")
     pytest(session, ["tests/test_jupyter.py"])
+
+
+@nox.session(python=NEWEST_PYTHON)
+def examples(session: nox.Session) -> None:
+    """The recipes for structlog, Prometheus and OpenTelemetry, and what arrives there."""
+    install(session, "newest")
+    session.install(*nox.project.dependency_groups(PROJECT, "examples"))
+    pytest(session, ["tests/test_examples.py"])
+
+
+@nox.session(python=NEWEST_PYTHON, default=False)
+def screenshots(session: nox.Session) -> None:
+    """Make the pictures of the command line anew; `-- check` for one of them."""
+    install(session, "newest")
+    session.run("python", "-m", "tools.screenshots", *session.posargs)
 
 
 @nox.session(python=NEWEST_PYTHON, default=False)

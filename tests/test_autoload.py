@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tomllib
 import venv
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +28,8 @@ from tinker_routefix.lab import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pytest_mock import MockerFixture
 
     from tinker_routefix.lab import Lab
 
@@ -62,6 +66,13 @@ class Environment:
         )
         for name in FILES:
             shutil.copy(startup_file(name), self.site / name)
+        if "COVERAGE_PROCESS_CONFIG" in os.environ:
+            # A test run that is measured measures these interpreters too, from their start.
+            (self.site / "0_coverage.pth").write_text(
+                f"import sys; sys.path.append({sysconfig.get_path('purelib')!r}); "
+                "import coverage; coverage.process_startup()",
+                encoding="utf-8",
+            )
         # Paths only: what the files there would start is not started here.
         dependencies = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
         (self.site / "a_dependencies.pth").write_text("\n".join(dependencies), encoding="utf-8")
@@ -227,6 +238,12 @@ def test_a_bad_value_is_said_in_a_line(
     assert stubbed.says("print('nothing to do with it')", **environment)
 
 
+def test_where_there_is_no_stderr_nothing_is_said(stubbed: Environment) -> None:
+    # As on Windows without a console.
+    program = "import sys; sys.stderr = None; import tinker; print('goes on')"
+    assert stubbed.says(program, **{VARIABLE: "maybe"}) == "goes on"
+
+
 def test_warnings_as_errors_break_nothing(stubbed: Environment) -> None:
     environment = {VARIABLE: "1", "TINKER_ROUTEFIX_NO_SUCH_SETTING": "1"}
     ended = stubbed.run("import tinker; print('goes on')", "-W", "error", **environment)
@@ -341,8 +358,47 @@ def test_status_says_whether_it_is_in_place_and_in_force(own: Environment) -> No
     assert json.loads(own.says(STATUS)) == ["unset", file, False]
     assert json.loads(own.says(STATUS, **{VARIABLE: "1"})) == ["on", file, True]
     assert json.loads(own.says(STATUS, **{VARIABLE: "0"})) == ["off", file, False]
+    assert json.loads(own.says(STATUS, **{VARIABLE: "maybe"})) == ["refused", file, False]
     late = f"import os; os.environ['{VARIABLE}'] = '1'\n{STATUS}"
     assert json.loads(own.says(late)) == ["on", file, False]
     # As an editable install may leave it.
     (own.site / "tinker_routefix.pth").unlink()
     assert json.loads(own.says(STATUS, **{VARIABLE: "1"})) == ["on", None, False]
+
+
+def test_status_looks_where_python_does(
+    tmp_path: Path, mocker: MockerFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> str | None:
+        return tinker_routefix.status().autoload.file
+
+    environment, user = tmp_path / "environment", tmp_path / "user"
+    mocker.patch("site.getsitepackages", side_effect=lambda: [str(environment)])
+    mocker.patch("site.getusersitepackages", return_value=str(user))
+    monkeypatch.setattr("site.ENABLE_USER_SITE", True)
+    assert found() is None
+    user.mkdir()
+    (user / "tinker_routefix.pth").touch()
+    assert found() == str(user / "tinker_routefix.pth")
+    monkeypatch.setattr("site.ENABLE_USER_SITE", False)
+    assert found() is None
+    # From 3.15 on the other file is read.
+    environment.mkdir()
+    (environment / "tinker_routefix.start").touch()
+    with monkeypatch.context() as newer:
+        newer.setattr("sys.version_info", (3, 15))
+        assert found() == str(environment / "tinker_routefix.start")
+
+
+def test_status_knows_that_some_interpreters_read_no_file(
+    shared: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As `-S` leaves them: what is imported has to be put on the path by hand.
+    paths = [str(shared.site), *dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib")))]
+    by_hand = f"import sys; sys.path += {paths!r}\n{STATUS}"
+    assert json.loads(shared.says(by_hand, "-S", **{VARIABLE: "1"})) == ["on", None, False]
+    # And here, where it is seen by those who measure the tests.
+    flags = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] != "_"}
+    with monkeypatch.context() as without:
+        without.setattr("sys.flags", SimpleNamespace(**flags | {"no_site": 1}))
+        assert tinker_routefix.status().autoload.file is None

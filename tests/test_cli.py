@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pkgutil
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +22,12 @@ import pytest
 
 import tinker_routefix
 from tests.common import CANARIES, CANARY, leaks
-from tinker_routefix import _cli, _settings
-from tinker_routefix._cli.check import Cure, Seen, read_probe
+from tests.test_autoload import startup_file
+from tinker_routefix import _cli, _settings, _verdict
+from tinker_routefix._cli import check as checking
+from tinker_routefix._cli.check import Seen, read_probe
+from tinker_routefix._cli.output import Plain, Rich, Row, screen
+from tinker_routefix._verdict import Cure
 from tinker_routefix.lab import Answer, Fault
 
 if TYPE_CHECKING:
@@ -120,10 +126,22 @@ JOB = "/training/v1/rlorTrainerJobs/lab/job-1"
         (["check", f"https://gateway.example{JOB}", "--key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
         (["check", f"https://gateway.example{JOB}", "--key-env", "BLANK"], "BLANK"),
         (["check", f"https://gateway.example{JOB}", "--key-env", "STRANGE"], "STRANGE"),
+        (["check", f"https://gateway.example{JOB}", "--key-env", CANARY], "not the key"),
+        (["check", f"https://gateway.example{JOB}", "--key-env", ""], "the name of a variable"),
+        (["check", "https://[::1"], "no trainer job's URL"),
         (["run"], "which program"),
         (["run", "-m"], "which program"),
         (["run", "-x", "program.py"], "-x"),
         (["demo", "--steps", "3"], "--steps"),
+        (["demo", "--steps", "many"], "--steps"),
+        (["demo", "--seed", "x"], "--seed"),
+        (["lab", "now"], "now"),
+        (["lab", "--prot", "1"], "--prot"),
+        (["lab", "--port", "65536"], "--port"),
+        (["lab", "--replicas", "0"], "--replicas"),
+        (["lab", "--stale", "-1"], "--stale"),
+        (["lab", "--flap", "2"], "--flap"),
+        (["lab", "--work", "long"], "--work"),
     ],
 )
 def test_a_wrong_call_is_said_in_a_line(
@@ -146,17 +164,42 @@ def test_a_wrong_call_is_said_in_a_line(
     assert not {"secret", CANARY} & set(re.split(r"[^\w-]", said.err))
 
 
-def test_a_wrong_call_of_the_lab_is_for_its_own_command_line() -> None:
-    ended = call("lab", "--prot", "1")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert "lab" in ended.stderr.splitlines()[0]
-    assert "--prot" in ended.stderr.splitlines()[-1]
-
-
 def test_the_lab_needs_its_extra() -> None:
     ended = in_a_program("sys.modules['click'] = None", "lab")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "The lab needs click: pip install 'tinker-routefix[lab]'\n"
+
+
+def test_the_demo_gets_what_was_asked_for(mocker: MockerFixture) -> None:
+    run = mocker.patch("tinker_routefix.demo.run", return_value=1)
+    assert _cli.main(["demo", "--steps", "4", "--seed", "7", "--json"]) == 1
+    run.assert_called_once_with(steps=4, seed=7, as_json=True)
+
+
+@pytest.mark.parametrize("module", ["google.protobuf", "google"])
+def test_a_module_within_one_that_is_missing(module: str) -> None:
+    ended = in_a_program(f"sys.modules[{module!r}] = None", "lab")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "The lab needs google.protobuf: pip install 'tinker-routefix[lab]'\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "error"),
+    [
+        ("ALL_PROXY", "ftp://user:secret@proxy.example", "ValueError"),
+        ("HTTPS_PROXY", "http://user:secret@proxy.example:9x", "InvalidURL"),
+        ("SSL_CERT_FILE", "/no/such/secret", "FileNotFoundError"),
+    ],
+)
+def test_an_environment_that_allows_no_connection_is_said_in_a_line(
+    variable: str, value: str, error: str
+) -> None:
+    ended = call("check", f"https://gateway.example{JOB}", **{variable: value})
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert f"({error})" in line
+    assert variable in line
+    assert "secret" not in line
 
 
 def test_the_script_is_this_command_line() -> None:
@@ -166,12 +209,96 @@ def test_the_script_is_this_command_line() -> None:
     assert pkgutil.resolve_name(project["scripts"]["tinker-routefix"]) is _cli.main
 
 
+AS_SCRIPT = """
+import sys
+sys.argv[0] = "/somewhere/bin/tinker-routefix"
+from tinker_routefix.__main__ import main
+sys.exit(main())
+"""
+ENTRIES = {
+    "the script": [sys.executable, "-c", AS_SCRIPT],
+    "the module": COMMAND,
+    "the module, in one word": [sys.executable, "-mtinker_routefix"],
+    "the lab": [sys.executable, "-m", "tinker_routefix.lab"],
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("arguments", [[], ["status"], ["run", "-m", "tinker_routefix", "status"]])
+@pytest.mark.parametrize("variable", ["TINKER_ROUTEFIX", "TINKER_ROUTEFIX_MAX_REPLAYS"])
+def test_a_bad_setting_is_said_in_a_line(entry: str, arguments: list[str], variable: str) -> None:
+    ended = finish(start([*ENTRIES[entry], *arguments], {variable: "x"}))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"tinker-routefix: {variable}='x' is not accepted: expected ")
+
+
+def test_a_bad_setting_is_an_exception_in_any_other_program(tmp_path: Path) -> None:
+    stub(tmp_path, {"package/__init__.py": "import tinker_routefix", "package/__main__.py": ""})
+    stub(tmp_path, {"program.py": "import tinker_routefix"})
+    variables = {"PYTHONPATH": str(ROOT), "TINKER_ROUTEFIX_MAX_REPLAYS": "x"}
+    bare = ["-c", "import sys; del sys.argv[:]; import tinker_routefix"]
+    for arguments in (["-m", "package", "tinker_routefix"], ["program.py", "-m"], bare):
+        command = [sys.executable, *arguments, "status"]
+        ended = finish(start(command, variables, cwd=tmp_path))
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("Traceback")
+        assert "SettingError: TINKER_ROUTEFIX_MAX_REPLAYS='x'" in ended.stderr
+
+
 def test_an_interrupt_is_said_in_a_line(
     mocker: MockerFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mocker.patch("tinker_routefix._cli.status.show", side_effect=KeyboardInterrupt)
     assert _cli.main(["status"]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_an_interrupt_while_an_sdk_is_imported(tmp_path: Path) -> None:
+    slow = "import sys, time; sys.stderr.write('slow\\n'); sys.stderr.flush(); time.sleep(60)"
+    path = stub(tmp_path, {"tinker/__init__.py": slow})
+    with start([*COMMAND, "status"], {"PYTHONPATH": path}) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "slow\n"
+        process.send_signal(signal.SIGINT)
+        ended = finish(process)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_interrupt_before_the_first_probe(lab: Lab) -> None:
+    lab.control_plane.mode = "hang"
+    with start([*COMMAND, "check", lab.base_url], {}) as process:
+        while not lab.control_plane.questions:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        ended = finish(process)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+    assert ended.stdout.splitlines()[-1] == "unclear: nothing was probed"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_the_lab_ends_with_a_line_and_what_it_has_seen(
+    number: signal.Signals, code: int, line: str
+) -> None:
+    with start([*COMMAND, "lab"], {"PYTHONUNBUFFERED": "1"}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("base URL: http://127.0.0.1:")
+        process.send_signal(number)
+        ended = finish(process)
+    assert (ended.returncode, ended.stderr) == (code, f"{line}\n")
+    assert "What the trainer did" in ended.stdout
+
+
+def test_a_port_that_is_taken_is_said_in_a_line(lab: Lab) -> None:
+    ended = call("lab", "--port", lab.origin.rpartition(":")[2])
+    assert (ended.returncode, ended.stdout) == (1, "")
+    (said,) = ended.stderr.splitlines()
+    assert said.startswith("Error: cannot listen on port ")
+    assert "in use" in said
 
 
 def test_a_reader_who_has_seen_enough_is_no_reason_for_a_traceback() -> None:
@@ -231,6 +358,14 @@ def test_status_knows_what_the_program_has_configured() -> None:
     assert sources["base_delay"] == "default"
 
 
+def test_status_knows_that_the_environment_has_changed_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TINKER_ROUTEFIX_STRICT", "perhaps")
+    (strict,) = (one for one in tinker_routefix.status().settings if one.name == "strict")
+    assert (strict.value, strict.source) == (True, "configure()")
+
+
 def test_status_switched_off() -> None:
     ended = call("status", "--json", TINKER_ROUTEFIX="off")
     assert (ended.returncode, ended.stderr) == (3, "")
@@ -280,6 +415,17 @@ def test_status_without_any_sdk() -> None:
     ended = in_a_program(hidden, "status")
     assert ended.returncode == 4
     assert "there is no SDK here that it patches" in ended.stdout.splitlines()[0]
+
+
+def test_status_says_how_the_shim_was_loaded() -> None:
+    folder = str(startup_file("_tinker_routefix_autoload.py").parent)
+    # What Python does at its start where the file is in place.
+    loads = f"sys.path.append({folder!r}); import _tinker_routefix_autoload as it; it.load()"
+    ended = in_a_program(loads, "status", TINKER_ROUTEFIX_AUTOLOAD="1")
+    assert ended.returncode == 0
+    assert re.search(r"in this process +loaded at start, by the startup file\n", ended.stdout)
+    ended = call("status", TINKER_ROUTEFIX_AUTOLOAD="0")
+    assert re.search(r"in this process +imported, by this command\n", ended.stdout)
 
 
 # --- check --------------------------------------------------------------------------------
@@ -410,19 +556,55 @@ def test_check_takes_the_pods_own_404_for_an_answer(
     check: Check, make_lab: Callable[..., Lab]
 ) -> None:
     assert check(make_lab(without={"capabilities"}))["verdict"] == "healthy"
+    # Also one that comes in pieces.
+    lab = make_lab()
+    text = '{"detail": "%s"}' % ("x" * (_verdict.MAX_BODY - 100))
+    lab.fault(Fault(kinds=PROBE, answer=Answer(404, text)))
+    assert check(lab)["verdict"] == "healthy"
 
 
 @pytest.mark.parametrize(
-    ("answer", "cure"),
+    ("answer", "cure", "shown"),
     [
-        (Answer(503, {"queue_state": "route_not_ready"}), "503 route_not_ready"),
-        (Answer(404, {"error": {"code": "ROUTE_STALE"}}), "distinct code"),
+        (Answer(503, {"queue_state": "route_not_ready"}), "503 route_not_ready", "503 route"),
+        (Answer(404, {"error": {"code": "ROUTE_STALE"}}), "distinct code", "ROUTE_STALE"),
     ],
 )
-def test_check_recognises_a_cure(check: Check, lab: Lab, answer: Answer, cure: str) -> None:
+def test_check_recognises_a_cure(
+    check: Check, lab: Lab, answer: Answer, cure: str, shown: str
+) -> None:
     lab.fault(Fault(kinds=PROBE, count=5, answer=answer))
     report = check(lab)
     assert (report["verdict"], report["raced"], report["cure"]) == ("racing", 5, cure)
+    assert shown in report["cure_says"]
+
+
+def test_check_recognises_a_gateway_that_knows_what_is_gone(check: Check, lab: Lab) -> None:
+    # The stale route keeps the answer that it has today; the job that is over has got one.
+    lab.control_plane.state = "JOB_STATE_DELETED"
+    lab.fault(Fault(kinds=PROBE, answer=Answer(410, {"error": {"code": "JOB_GONE"}})))
+    report = check(lab)
+    assert (report["verdict"], report["cure"]) == ("gone", "distinct code")
+    assert "410 with the code JOB_GONE" in report["cure_says"]
+
+
+@pytest.mark.parametrize("cut_off", ["long", "slow", "dropped"])
+def test_check_of_a_gateway_that_gives_no_proper_answer(
+    check: Check, lab: Lab, monkeypatch: pytest.MonkeyPatch, cut_off: str
+) -> None:
+    if cut_off == "long":
+        # Longer than is looked at: nobody's 404.
+        text = '{"detail": "%s"}' % ("x" * 2 * _verdict.MAX_BODY)
+        lab.fault(Fault(kinds=PROBE, answer=Answer(404, text)))
+        report = check(lab, "--seconds", "1")
+        assert (report["verdict"], report["raced"]) == ("racing", report["probes"])
+        return
+    monkeypatch.setattr(checking, "PROBE_SECONDS", 0.3)
+    lab.fault(Fault(kinds=PROBE, hang=cut_off == "slow", drop=cut_off == "dropped"))
+    report = check(lab)
+    assert (report["verdict"], report["exit_code"], report["failed"]) == ("unreachable", 6, 3)
+    said = {"slow": "no answer within 0.3 s", "dropped": "no answer (RemoteProtocolError)"}
+    assert report["said"] == said[cut_off]
 
 
 @pytest.mark.parametrize("cured", [True, False])
@@ -431,8 +613,10 @@ def test_watching_a_new_job(check: Check, lab: Lab, cured: bool) -> None:
     starting = lab.fault(Fault(kinds=PROBE, count=10 if cured else 30))
 
     def goes_on(exchange: Exchange) -> bool:
-        if exchange.kind == "control_plane" and starting.hits >= 10:
+        if starting.hits >= 10 and lab.control_plane.state != "JOB_STATE_RUNNING":
             lab.control_plane.state = "JOB_STATE_RUNNING"
+            if cured:  # the gateway holds a request until it has found the route
+                lab.fault(Fault(kinds=PROBE, answer=None, delay=0.5, count=2))
         return False
 
     lab.fault(Fault(kinds={"control_plane"}, at="control_plane", when=goes_on))
@@ -444,6 +628,7 @@ def test_watching_a_new_job(check: Check, lab: Lab, cured: bool) -> None:
     if cured:
         assert (report["verdict"], report["raced"]) == ("healthy", 0)
         assert report["cure"] == "lookup retried"
+        assert report["slowest"] > 0.4
     else:
         assert (report["verdict"], report["cure"]) == ("racing", None)
         assert 0 < report["raced"] < report["refused"] == 30
@@ -478,8 +663,9 @@ def test_what_an_answer_means() -> None:
     gone = read_probe(410, b'{"error": {"code": "JOB_GONE"}}')
     assert (gone.seen, gone.cure) == (Seen.REFUSED, Cure.DISTINCT_CODE)
     assert read_probe(404, f'{{"error": {{"code": "tell {CANARY}"}}}}'.encode()).said.endswith(
-        "strange"
+        "(strange)"
     )
+    assert read_probe(404, b'{"error": {"code": "route_stale"}}').said.endswith(" route_stale")
     for body in (b'{"error": {"queue_state": "route_not_ready"}}', b'{"queue_state": 1, "x": 2}'):
         assert (read_probe(503, body).seen is Seen.NOT_READY) is (b"route" in body)
     assert read_probe(503, b"[").seen is Seen.OTHER
@@ -507,6 +693,32 @@ def test_a_terminal_without_rich_will_do(lab: Lab) -> None:
     assert "\x1b[" not in shown
     assert re.search(r"\r\d+ probes in \d+ s: \d+ answered, 0 refused; JOB_STATE_RUNNING", shown)
     assert "healthy: 20 of 20 probes were answered" in shown
+
+
+@pytest.mark.parametrize("on_a_tty", [True, False])
+def test_what_is_said_is_the_same_everywhere(
+    capsys: pytest.CaptureFixture[str], mocker: MockerFixture, on_a_tty: bool
+) -> None:
+    from rich.console import Console
+
+    console = Console(record=True, width=200, file=io.StringIO())
+    shown = []
+    for to in (Plain(), Rich(console)):
+        to.line("a line", "good")
+        to.progress("1 of 2 [done]")
+        to.progress("2 of 2")
+        to.close()
+        to.close()
+        to.table("A title", [Row(("name", "[x]")), Row(("a longer name", "y"), "bad")])
+        shown.append(capsys.readouterr().out or console.export_text())
+    said = [
+        [words for line in one.splitlines() if (words := re.findall(r"[\w\[\]]+", line))]
+        for one in shown
+    ]
+    lines = ["a line", "A title", "name [x]", "a longer name y"]
+    assert said == [[line.split() for line in lines]] * 2
+    mocker.patch("sys.stdout.isatty", return_value=on_a_tty)
+    assert isinstance(screen(as_json=False), Rich if on_a_tty else Plain)
 
 
 # --- run ----------------------------------------------------------------------------------
@@ -615,6 +827,12 @@ def test_run_of_nothing_is_said_as_python_says_it(tmp_path: Path, arguments: lis
     same(plain, ran)
     assert ran.returncode in (1, 2)
     assert len(ran.stderr.splitlines()) == 1
+
+
+def test_run_puts_no_more_on_the_path_than_python_where_it_was_told_not_to(tmp_path: Path) -> None:
+    stub(tmp_path, {"program.py": LOOKS_AROUND, "folder/__main__.py": LOOKS_AROUND})
+    for program in ("program.py", "folder"):
+        same(*both([program], tmp_path, PYTHONSAFEPATH="1"))
 
 
 STATE = """

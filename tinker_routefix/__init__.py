@@ -114,5 +114,26 @@ def configure(**settings: "Any") -> None:
     _settings.put(_settings.current().replace(**settings))
 
 
-if switched_on():
-    install()
+def _is_the_program() -> bool:
+    """Whether what imports this is `tinker-routefix` or `python -m tinker_routefix`."""
+    import sys
+    from os.path import basename, splitext
+
+    # An embedded interpreter may have none.
+    argv: list[str] = getattr(sys, "argv", None) or [""]
+    if argv[0] == "-m":  # until Python has found the module
+        return sys.orig_argv[-len(argv)].removeprefix("-m").partition(".")[0] == __name__
+    return splitext(basename(argv[0]))[0] == "tinker-routefix"  # noqa: PTH119, PTH122 - no pathlib
+
+
+try:
+    if switched_on():
+        install()
+except SettingError as error:
+    # The command line has not begun yet, and could not say it in a line.
+    if not _is_the_program():
+        raise
+    import sys
+
+    sys.stderr.write(f"tinker-routefix: {error}\n")
+    raise SystemExit(2) from None

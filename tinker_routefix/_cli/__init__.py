@@ -81,9 +81,8 @@ def _demo(options: argparse.Namespace) -> int:
 def _lab(arguments: Sequence[str], program: str) -> int:
     if _lacks("lab", _LAB_NEEDS, "lab"):
         return _USAGE
-    command = importlib.import_module("tinker_routefix.lab.__main__").main
-    command(args=list(arguments), prog_name=f"{program} lab")
-    return 0
+    command: Callable[..., int] = importlib.import_module("tinker_routefix.lab.__main__").main
+    return command(args=list(arguments), prog_name=f"{program} lab")
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -129,7 +128,10 @@ exit codes:
   2  wrong usage, or no key; 130 interrupted
 
 The control plane is asked at the gateway's own origin, or where
-TINKER_ROUTEFIX_CONTROL_PLANE_URL says. The key goes to these two and is never shown."""
+TINKER_ROUTEFIX_CONTROL_PLANE_URL says. The key goes to these two and is never shown.
+
+Where the gateway was seen to tell stale routes from jobs that are gone, or to retry the lookup
+itself, the last line says so: "cure seen"."""
 
 
 def _parsers(program: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:

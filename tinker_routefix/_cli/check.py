@@ -15,9 +15,10 @@ import enum
 import json
 import math
 import os
+import re
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -25,7 +26,7 @@ from tinker_routefix import _settings, _verdict
 from tinker_routefix._control_plane import GOOD_FOR, Answer, ControlPlane, JobState
 from tinker_routefix._job import Job
 from tinker_routefix._switch import SettingError
-from tinker_routefix._verdict import Verdict
+from tinker_routefix._verdict import Cure, Verdict
 from tinker_routefix._version import __version__
 
 from .output import Json, Mark, Row, Screen, screen
@@ -42,6 +43,8 @@ NOBODY = 3
 """Attempts without any answer after which nobody is there."""
 WINDOW = 8
 """Probes by which the route is described: fewer would call every second replica a change."""
+LOOKUP_RETRIED = "lookup retried"
+"""The cure that no single answer shows: no probe is refused from the first moment on."""
 QUIET_RATE = 1.0
 ASK_AGAIN = 5.0
 """Seconds after which the control plane is asked about a job that is well."""
@@ -78,14 +81,6 @@ class Seen(enum.Enum):
     OTHER = "other"
 
 
-class Cure(enum.Enum):
-    """The ways in which a gateway can make the shim superfluous."""
-
-    LOOKUP_RETRIED = "lookup retried"
-    ROUTE_NOT_READY = "503 route_not_ready"
-    DISTINCT_CODE = "distinct code"
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Probe:
     """One answer of the gateway, or the lack of one."""
@@ -97,41 +92,26 @@ class Probe:
 
 def read_probe(status: int, body: bytes) -> Probe:
     """What an answer to a probe means; never raises."""
-    document = _json(body)
-    if status == httpx.codes.SERVICE_UNAVAILABLE and _queue_state(document) == "route_not_ready":
-        return Probe(Seen.NOT_READY, "503 route_not_ready", Cure.ROUTE_NOT_READY)
+    cure = _verdict.cure_in(status, body)
+    if cure is Cure.ROUTE_NOT_READY:
+        return Probe(Seen.NOT_READY, cure.value, cure)
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         return Probe(Seen.DENIED, f"HTTP {status}")
     if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):
         if _verdict.of_body(body) is Verdict.POD:
             return Probe(Seen.ANSWERED, "answers")
-        error = document.get("error")
-        code = error.get("code") if isinstance(error, dict) else None
-        if isinstance(code, str) and code != "NOT_FOUND":
-            # A word from outside, and not shown unless it looks like a code.
-            shown = code if len(code) <= 40 and code.replace("_", "").isalnum() else "strange"
-            return Probe(Seen.REFUSED, f"{status} with the code {shown}", Cure.DISTINCT_CODE)
+        if cure is not None:
+            return Probe(Seen.REFUSED, f"{status} with the code {_code(body)}", cure)
         return Probe(Seen.REFUSED, f"the gateway's {status}")
     if status < httpx.codes.MULTIPLE_CHOICES:
         return Probe(Seen.ANSWERED, "answers")
     return Probe(Seen.OTHER, f"HTTP {status}")
 
 
-def _json(body: bytes) -> dict[str, Any]:
-    try:
-        document: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def _queue_state(document: dict[str, Any]) -> Any:
-    """The field at the top, or in the object that holds the error."""
-    inner = [document, document.get("error"), document.get("detail")]
-    return next(
-        (one["queue_state"] for one in inner if isinstance(one, dict) and "queue_state" in one),
-        None,
-    )
+def _code(body: bytes) -> str:
+    """The code in a body that has one; it comes from outside, and is shown if it looks like one."""
+    code: str = json.loads(body)["error"]["code"]
+    return code if re.fullmatch("[A-Za-z_]{1,40}", code) else "(strange)"
 
 
 @dataclasses.dataclass(slots=True)
@@ -191,6 +171,7 @@ class Checker:
         self._rate = rate
         self._watch = watch
         self._control_plane = ControlPlane(job)
+        self._client = self._connected_anew()
         self._word = Answer(JobState.UNKNOWN, "not asked", -math.inf)
         self._window: collections.deque[Probe] = collections.deque(maxlen=WINDOW)
         self._streak = 0
@@ -203,10 +184,10 @@ class Checker:
         """Probe for so long, unless it is clear before."""
         await self._ask()
         self._began = time.monotonic()
-        async with self._client() as client:
+        async with self._client:
             while True:
                 turn = time.monotonic()
-                probe, took = await self._probe(client)
+                probe, took = await self._probe()
                 await self._take(probe, took)
                 if self._is_clear():
                     return
@@ -219,25 +200,33 @@ class Checker:
 
     # -- asking --------------------------------------------------------------------------------
 
-    def _client(self) -> httpx.AsyncClient:
-        # Proxies and certificates as tinker's own connections have them.
-        return httpx.AsyncClient(
-            headers={
-                **self._headers,
-                "user-agent": f"tinker-routefix/{__version__}",
-                "accept": "application/json",
-                "accept-encoding": "identity",
-            },
-            limits=httpx.Limits(max_keepalive_connections=0),
-            follow_redirects=False,
-            timeout=_TIMEOUT,
-        )
+    def _connected_anew(self) -> httpx.AsyncClient:
+        """A client that keeps no connection; proxies and certificates as tinker's own has them."""
+        try:
+            return httpx.AsyncClient(
+                headers={
+                    **self._headers,
+                    "user-agent": f"tinker-routefix/{__version__}",
+                    "accept": "application/json",
+                    "accept-encoding": "identity",
+                },
+                limits=httpx.Limits(max_keepalive_connections=0),
+                follow_redirects=False,
+                timeout=_TIMEOUT,
+            )
+        except Exception as error:
+            # Its text may hold a proxy's password.
+            raise _UsageError(
+                "the environment names a proxy or certificates that cannot be used "
+                f"({type(error).__name__}): look at HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and "
+                "SSL_CERT_DIR"
+            ) from error
 
-    async def _probe(self, client: httpx.AsyncClient) -> tuple[Probe, float]:
+    async def _probe(self) -> tuple[Probe, float]:
         url = f"{self._job.gateway}/training/v1/rlorTrainerJobs/{self._job}{PATH}"
         began = time.monotonic()
         try:
-            async with asyncio.timeout(PROBE_SECONDS), client.stream("GET", url) as response:
+            async with asyncio.timeout(PROBE_SECONDS), self._client.stream("GET", url) as response:
                 body = bytearray()
                 async for chunk in response.aiter_raw():
                     body += chunk
@@ -376,27 +365,24 @@ class Checker:
     def _name_cure(self) -> None:
         report = self.report
         if Cure.ROUTE_NOT_READY in self._cures:
-            cure = Cure.ROUTE_NOT_READY
-            says = (
+            report.cure = Cure.ROUTE_NOT_READY.value
+            report.cure_says = (
                 "the gateway answers 503 route_not_ready for a stale route, which the SDK repeats "
                 "by itself: this gateway does not need the shim"
             )
         elif Cure.DISTINCT_CODE in self._cures:
-            cure = Cure.DISTINCT_CODE
-            says = (
-                f"the gateway tells a stale route from a job that is gone "
-                f"({self._cures[cure]}): an SDK that knows the code does not need the shim"
+            report.cure = Cure.DISTINCT_CODE.value
+            report.cure_says = (
+                "the gateway tells a stale route from a job that is gone "
+                f"({self._cures[Cure.DISTINCT_CODE]}): an SDK that knows the code does not need "
+                "the shim"
             )
         elif self._was_on_its_way and not report.raced and self._streak >= ENOUGH:
-            cure = Cure.LOOKUP_RETRIED
-            says = (
-                "no probe was refused from the moment that the job was RUNNING: as if the gateway "
-                "retried the lookup itself; if all new jobs start like this, it does not need the "
-                "shim"
+            report.cure = LOOKUP_RETRIED
+            report.cure_says = (
+                "no probe was refused once the job was seen RUNNING: as if the gateway retried "
+                "the lookup itself; if all new jobs start like this, it does not need the shim"
             )
-        else:
-            return
-        report.cure, report.cure_says = cure.value, says
 
 
 def _mark(probe: Probe) -> Mark:
@@ -426,6 +412,9 @@ def _job_of(url: str) -> Job:
 
 
 def _key_in(variable: str, environment: Mapping[str, str]) -> str:
+    if not variable.isidentifier():
+        # What was given is not repeated: it may be the key.
+        raise _UsageError("--key-env takes the name of a variable, not the key")
     key = environment.get(variable, "").strip()
     if not key:
         raise _UsageError(f"no key: set {variable}, or name another variable with --key-env")

@@ -47,7 +47,7 @@ def run(arguments: list[str], *, as_module: bool) -> int:
             _put_first_on_path(os.getcwd())  # noqa: PTH109
             run_module(program, alter_argv=True)
         elif pkgutil.get_importer(path) is not None:  # a directory or a zip file
-            _put_first_on_path(path)
+            _put_first_on_path(path, always=True)
             run_module("__main__", alter_argv=False)
         else:
             try:
@@ -69,10 +69,15 @@ def run(arguments: list[str], *, as_module: bool) -> int:
     return 0
 
 
-def _put_first_on_path(directory: str) -> None:
-    """In the place of what Python has put there for us; where it was told not to, nothing."""
+def _put_first_on_path(directory: str, *, always: bool = False) -> None:
+    """In the place of what Python has put there for us, unless it was told to put nothing there.
+
+    What it has to find ``__main__`` in, it puts there all the same.
+    """
     if not sys.flags.safe_path:
         sys.path[0] = directory
+    elif always:
+        sys.path.insert(0, directory)
 
 
 def _hide_our_frame(ours: TracebackType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _STYLES = {2: "green", 3: "yellow", 4: "red", 5: "bold red"}
+_ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_SECONDS = click.FloatRange(min=0)
 
 
 def _line(exchange: Exchange) -> Text:
@@ -49,17 +52,38 @@ def _summary(lab: Lab) -> Table:
 
 
 @click.command()
-@click.option("--port", default=0, show_default="a free one", help="Port to listen on.")
-@click.option("--replicas", default=1, show_default=True, help="Replicas of the gateway.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default="a free one",
+    help="Port to listen on.",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Replicas of the gateway.",
+)
 @click.option(
     "--stale",
+    type=_SECONDS,
     default=0.0,
     metavar="SECONDS",
     help="Refuse a job for so long, from its first create_session on.",
 )
 @click.option("--stale-from-start", is_flag=True, help="Let --stale begin with the lab.")
-@click.option("--flap", default=0.0, metavar="CHANCE", help="Refuse requests by chance (0 to 1).")
-@click.option("--work", default=0.0, metavar="SECONDS", help="What an operation takes.")
+@click.option(
+    "--flap",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="CHANCE",
+    help="Refuse requests by chance (0 to 1).",
+)
+@click.option(
+    "--work", type=_SECONDS, default=0.0, metavar="SECONDS", help="What an operation takes."
+)
 @click.option(
     "--state",
     default="JOB_STATE_RUNNING",
@@ -78,12 +102,14 @@ def main(
     """Serve a control plane, a gateway that loses routes, and a trainer, until Ctrl-C."""
     console = Console(soft_wrap=True, highlight=False)
     stop = threading.Event()
+    ended_by: list[int] = []
 
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    def end(number: int, _frame: FrameType | None) -> None:
+        ended_by.append(number)
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for number in _ENDS:
+        signal.signal(number, end)
 
     lab = Lab(
         replicas=replicas,
@@ -102,7 +128,11 @@ def main(
             begun.append(lab.stale(stale))
         return False
 
-    with lab:
+    try:
+        lab.start()
+    except OSError as error:
+        raise click.ClickException(f"cannot listen on port {port}: {error.strerror}") from error
+    try:
         if stale and stale_from_start:
             lab.stale(stale)
         elif stale:
@@ -111,7 +141,12 @@ def main(
         console.print(f"direct:   {lab.direct_url}")
         while not stop.wait(0.5):
             pass
+    finally:
+        lab.stop()
     console.print(_summary(lab))
+    sys.stderr.write(f"{_ENDS[signal.Signals(ended_by[0])]}\n")
+    # As a shell sees a program that such a signal has ended.
+    sys.exit(128 + ended_by[0])
 
 
 if __name__ == "__main__":

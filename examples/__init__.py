@@ -1,0 +1,1 @@
+"""Recipes to copy: what the shim tells, in the backends that people use."""
