@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from tests import programs
-from tests.common import RUNNING, Listener, Speak, http
+from tests.common import CANARY, RUNNING, Listener, Speak, http
 from tinker_routefix import _control_plane
-from tinker_routefix._control_plane import Answer, ControlPlane, JobState
+from tinker_routefix._control_plane import Address, Answer, ControlPlane, JobState
 from tinker_routefix._job import Job
 from tinker_routefix.lab import Answer as HttpAnswer
 from tinker_routefix.lab import Fault, Lab
@@ -379,3 +379,8 @@ def test_the_loop_goes_on_while_a_tls_context_is_built(mocker: Any) -> None:
         return ticks
 
     assert asyncio.run(program()) >= 10
+
+
+def test_an_address_shows_no_header() -> None:
+    address = Address("https://control.example", {"authorization": CANARY}, verify=True)
+    assert repr(address) == "Address(root='https://control.example', verify=True)"

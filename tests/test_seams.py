@@ -84,7 +84,17 @@ def test_uninstall_restores_every_touched_class_exactly() -> None:
     tinker_routefix.uninstall()
     assert_same(everything(), before)
     assert states() == {"original"}
-    assert not tinker_routefix.status().active
+    status = tinker_routefix.status()
+    assert (status.active, status.reason) == (False, "uninstalled")
+
+
+def test_it_is_noted_that_it_is_installed(overheard: Any) -> None:
+    tinker_routefix.uninstall()
+    overheard.events.clear()
+    tinker_routefix.install()
+    assert overheard.events == ["shim.installed"]
+    tinker_routefix.install()
+    assert overheard.events == ["shim.installed"]
 
 
 def test_installing_twice_is_harmless() -> None:
@@ -247,6 +257,7 @@ def test_someone_on_top_of_us_stays_and_we_pass_through(lab: Lab) -> None:
         assert (TINKER[2], SeamState.BURIED) in [found[1:] for found in _seams.states()]
         tinker_routefix.uninstall()
         assert vars(future)["_result_async"] is on_top, "theirs has to stay"
+        assert states() == {"original", "ours, under another wrapper"}
         lab.flap(1.0)
         with pytest.raises(tinker.NotFoundError):
             programs.connect(lab.base_url)
