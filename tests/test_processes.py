@@ -235,14 +235,7 @@ def test_a_child_asks_where_it_is_told_to(make_lab: Callable[..., Lab], run: Run
 
 # --- Sampling elsewhere --------------------------------------------------------------------
 
-
-def sampling_race(lab: Lab) -> None:
-    """The route is lost where samples are asked for, and again where they are waited for."""
-    lab.fault(Fault(kinds=["sample"], count=2))
-    lab.fault(Fault(kinds=["polls", "poll:sample"], count=2))
-
-
-@pytest.mark.parametrize(
+spawned_each_way = pytest.mark.parametrize(
     ("loaded", "variables", "helps"),
     [
         (unchanged, {}, False),
@@ -252,6 +245,15 @@ def sampling_race(lab: Lab) -> None:
     ],
     ids=["plain", "line-below-the-guard", "line-at-the-top", "variable"],
 )
+
+
+def sampling_race(lab: Lab) -> None:
+    """The route is lost where samples are asked for, and again where they are waited for."""
+    lab.fault(Fault(kinds=["sample"], count=2))
+    lab.fault(Fault(kinds=["polls", "poll:sample"], count=2))
+
+
+@spawned_each_way
 def test_pickled_sampling_clients(
     lab: Lab, run: Run, loaded: Callable[[str], str], variables: dict[str, str], helps: bool
 ) -> None:
@@ -301,16 +303,7 @@ WATCHED = """
 """
 
 
-@pytest.mark.parametrize(
-    ("loaded", "variables", "helps"),
-    [
-        (unchanged, {}, False),
-        (below_the_guard, {}, False),
-        (at_the_top, {}, True),
-        (unchanged, AUTOLOAD, True),
-    ],
-    ids=["plain", "line-below-the-guard", "line-at-the-top", "variable"],
-)
+@spawned_each_way
 def test_sampling_in_the_sidecar(
     lab: Lab, run: Run, loaded: Callable[[str], str], variables: dict[str, str], helps: bool
 ) -> None:
