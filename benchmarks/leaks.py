@@ -36,11 +36,11 @@ sends three `get_info` in a row over one connection, a second apart; the shim se
 as many fresh ones, and three more after a 404. *Warm too early*: the share of warm-ups that
 ended while some replica was stale. Beside it the closed form, with `f` the stale share: one
 connection, `1 - f` (it stays with its replica, so that waiting changes nothing); one round of
-the shim's, `(1 - f)^3`; and that times the rounds that it made while they were stale. (Where
-it makes `n` of them, it is `1 - (1 - (1 - f)^3)^n`, as drawn.) For the strategies the routes
-are lost only after tinker has made the client, which they would not survive, and `get_info`
-is really sent: tinker 0.38 answers it from memory, so that there strategy B's warm-up sees
-nothing at all.
+the shim's, `(1 - f)^3`; and that times the rounds that it made while they were stale, which
+by lot can come out above 1. (Where it makes `n` of them, it is `1 - (1 - (1 - f)^3)^n`, as
+drawn.) For the strategies the routes are lost only after tinker has made the client, which
+they would not survive, and `get_info` is really sent: tinker 0.38 answers it from memory, so
+that there strategy B's warm-up sees nothing at all.
 
 {warm_ups}
 What it means for the program, which takes one step then (all cells together). A 404 that gets
