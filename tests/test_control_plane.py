@@ -381,6 +381,22 @@ def test_the_loop_goes_on_while_a_tls_context_is_built(mocker: Any) -> None:
     assert asyncio.run(program()) >= 10
 
 
+def test_an_answer_that_came_while_the_loop_stood_still_counts(
+    lab: Lab, settings: Callable[..., None]
+) -> None:
+    """tinker makes the body of a large batch on the loop: for longer than the answer may take."""
+    settings(control_plane_timeout=0.5)
+    control_plane = ControlPlane(Job.from_url(lab.base_url) or pytest.fail("no job"))
+
+    async def ask() -> Answer:
+        # Once it has connected, and before it has the answer.
+        lab.fault(Fault(kinds=["control_plane"], at="control_plane", answer=None, delay=0.2))
+        asyncio.get_running_loop().call_later(0.1, time.sleep, 1.5)
+        return await control_plane.ask({})
+
+    assert asyncio.run(ask()).state is JobState.RUNNING
+
+
 def test_an_address_shows_no_header() -> None:
     address = Address("https://control.example", {"authorization": CANARY}, verify=True)
     assert repr(address) == "Address(root='https://control.example', verify=True)"

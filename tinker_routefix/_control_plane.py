@@ -19,7 +19,7 @@ import enum
 import json
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
@@ -33,12 +33,17 @@ if TYPE_CHECKING:
 
     from ._job import Job
 
+_T = TypeVar("_T")
+
 GOOD_FOR = 1.0
 """Seconds that an answer stays good. A single flight that ends with its answer was measured
 at 15 questions a second under load."""
 
 MAX_BODY = 64 * 1024
 """Bytes of an answer that are read; a job's description has a few thousand."""
+
+TURNS = 20
+"""Parts of the timeout; however long the loop stands still, that uses up one of them."""
 
 CREDENTIALS = ("authorization", "x-api-key", "cf-access-client-id", "cf-access-client-secret")
 """The request headers that tinker and the SDKs on top of it carry their keys in."""
@@ -160,6 +165,24 @@ async def tls_context() -> ssl.SSLContext:
     return _tls
 
 
+async def _within(seconds: float, coming: asyncio.Future[_T]) -> _T:
+    """What comes within so many seconds for which the loop turns; what does not is cancelled.
+
+    tinker makes the body of a large batch on the loop, which stands still meanwhile, for seconds
+    on a busy machine. ``asyncio.timeout`` would then throw away an answer that is there already.
+
+    Raises:
+        TimeoutError: It has not come.
+    """
+    try:
+        for _ in range(TURNS):
+            if (await asyncio.wait((coming,), timeout=seconds / TURNS))[0]:
+                return coming.result()
+        raise TimeoutError
+    finally:
+        coming.cancel()
+
+
 class ControlPlane:
     """The control plane's view of one job.
 
@@ -208,8 +231,8 @@ class ControlPlane:
             address = self._address(settings.control_plane_url)
             if self._may_ask(address.root):
                 self.questions += 1
-                async with asyncio.timeout(timeout):
-                    state, said = read_answer(*await self._fetch(address, credentials))
+                fetching = asyncio.ensure_future(self._fetch(address, credentials))
+                state, said = read_answer(*await _within(timeout, fetching))
             else:
                 state, said = JobState.UNKNOWN, "not asked, because its URL is not https"
         except TimeoutError:
