@@ -329,12 +329,13 @@ def test_who_is_connecting_when_the_shim_goes_is_still_helped(lab: Lab) -> None:
 
     from tests import programs
 
-    lab.fault(Fault(kinds=["poll:create_model"], seconds=2))
+    lab.fault(Fault(kinds=["poll:create_model"]))
     with ThreadPoolExecutor(1) as pool:
         connecting = pool.submit(programs.connect, lab.base_url)
         while not lab.count("poll:create_model", refused=True):
             time.sleep(0.01)
         tinker_routefix.uninstall()
+        lab.clear()
         client = connecting.result(programs.PATIENCE)
     assert states() == {"original"}
     assert lab.count("get_info") >= 3, "the warm-up has to go on"
