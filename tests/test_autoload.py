@@ -67,10 +67,12 @@ class Environment:
         for name in FILES:
             shutil.copy(startup_file(name), self.site / name)
         if "COVERAGE_PROCESS_CONFIG" in os.environ:
-            # A test run that is measured measures these interpreters too, from their start.
+            # A test run that is measured measures these interpreters too, from their start. What
+            # else is installed beside coverage is not theirs.
+            place = sysconfig.get_path("purelib")
             (self.site / "0_coverage.pth").write_text(
-                f"import sys; sys.path.append({sysconfig.get_path('purelib')!r}); "
-                "import coverage; coverage.process_startup()",
+                f"import sys; sys.path.append({place!r}); import coverage; "
+                f"coverage.process_startup(); sys.path.remove({place!r})",
                 encoding="utf-8",
             )
         # Paths only: what the files there would start is not started here.
