@@ -620,7 +620,7 @@ def test_watching_a_new_job(check: Check, lab: Lab, cured: bool) -> None:
         return False
 
     lab.fault(Fault(kinds={"control_plane"}, at="control_plane", when=goes_on))
-    report = check(lab, "--watch", "--seconds", "5")
+    report = check(lab, "--watch", "--seconds", "8")
     assert [change["control_plane"] for change in report["changes"]][:1] == ["JOB_STATE_CREATING"]
     assert report["changes"][-1]["control_plane"] == "JOB_STATE_RUNNING"
     assert report["changes"][-1]["route"] == "answers"

@@ -254,7 +254,7 @@ def test_who_takes_for_ever_is_not_waited_for(settings: Callable[..., None], say
 
     # What begins like this is shaking hands.
     tls = says in HANDSHAKES
-    with Listener(says, asked_first=not tls) as listener, programs.took(0.4, 30):
+    with Listener(says, asked_first=not tls) as listener, programs.took(0.4, 60):
         url = listener.url.replace("http", "https" if tls else "http")
         answer, ticks = asyncio.run(question(Job(url, "acct", "job-1")))
     assert (answer.state, answer.said) == (JobState.UNKNOWN, "no answer within 0.5 s")

@@ -497,11 +497,11 @@ def test_chances_are_seeded(make_lab: MakeLab, connect: Any) -> None:
 
 
 def test_a_fault_has_a_clock(lab: Lab, client: Client) -> None:
-    lab.fault(Fault(starts=0.2, seconds=0.2))
+    lab.fault(Fault(starts=1, seconds=2))
     assert statuses(client, 1) == [200]
-    time.sleep(0.25)
+    time.sleep(1.2)
     assert statuses(client, 1) == [404]
-    time.sleep(0.25)
+    time.sleep(2)
     assert statuses(client, 1) == [200]
 
 

@@ -207,7 +207,7 @@ def test_a_survey_tells_what_failed_was_skipped_and_did_not_run(tmp_path: Path) 
 
 def test_a_survey_ends_a_release_that_hangs(tmp_path: Path) -> None:
     hangs = "import time\ndef test_hangs(): time.sleep(600)\n"
-    code, output = _pytest(tmp_path, hangs, 10)
+    code, output = _pytest(tmp_path, hangs, 25)
     assert code is None
     assert output.strip().endswith("test_it.py::test_hangs"), "the last line names it"
 
