@@ -391,7 +391,8 @@ def coverage(session: nox.Session) -> None:
     """Every branch of the shim, over all that the sessions before this one have run."""
     session.install("coverage>=7.10")
     data = session.cache_dir.absolute() / "coverage"
-    session.env["COVERAGE_FILE"] = str(data / ".coverage")
+    # Elsewhere: a report deletes what it finds beside its file.
+    session.env["COVERAGE_FILE"] = str(Path(session.create_tmp()).absolute() / ".coverage")
     options = "--rcfile=tests/coverage.toml"
     session.run("coverage", "combine", "--keep", "--quiet", options, str(data))
     session.run("coverage", "report", options, *session.posargs)
