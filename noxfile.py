@@ -2,8 +2,8 @@
 
 `nox` alone is what CI runs: the checks, the matrix, the releases where something changed, the
 Fireworks SDKs, and other packages that patch. `nox -t wide` adds tinker's own tests, both
-majors of wrapt and today's newest tinker; `nox -s survey` is every release there is, in one
-table. `nox -l` lists the parts; options behind `--` go to what a part runs.
+majors of wrapt, today's newest tinker, Ray and notebooks; `nox -s survey` is every release
+there is, in one table. `nox -l` lists the parts; options behind `--` go to what a part runs.
 """
 
 from __future__ import annotations
@@ -391,7 +391,7 @@ def docs(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """Every branch of the shim, over all that the sessions before this one have run."""
     session.install("coverage>=7.10")
-    data = session.cache_dir.absolute() / "coverage"
+    data = coverage_data(session).parent
     # Elsewhere: a report deletes what it finds beside its file.
     session.env["COVERAGE_FILE"] = str(Path(session.create_tmp()).absolute() / ".coverage")
     options = "--rcfile=tests/coverage.toml"

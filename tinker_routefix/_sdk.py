@@ -242,9 +242,8 @@ async def _send(
 
 def _tell_if_answered(error: Exception, route: Route) -> None:
     """Any answer shows that the route is there, but one that says that it is not."""
-    cure = _cure_in(error)
-    if cure is Cure.ROUTE_NOT_READY:
-        route.show(cure)
+    if _is_not_ready(error):
+        route.show(Cure.ROUTE_NOT_READY)
     else:
         route.answered()
 
@@ -345,6 +344,11 @@ def _cure_in(error: BaseException) -> Cure | None:
         return None
 
 
+def _is_not_ready(error: BaseException) -> bool:
+    """Whether an error is an answer of a cured gateway that says that the route is not there."""
+    return _is_answer(error) and _cure_in(error) is Cure.ROUTE_NOT_READY
+
+
 def _headers(error: BaseException) -> Mapping[str, str]:
     return cast("httpx.Response", cast("Any", error).response).request.headers
 
@@ -361,7 +365,7 @@ class _Prober:
         try:
             await self.send(self._request)
         except Exception as error:
-            if _is_answer(error) and _cure_in(error) is Cure.ROUTE_NOT_READY:
+            if _is_not_ready(error):
                 self.route.show(Cure.ROUTE_NOT_READY)
             raise
 
@@ -380,7 +384,7 @@ class _Prober:
         return _headers(error)
 
     def answered(self, error: BaseException) -> bool:
-        return _is_answer(error) and _cure_in(error) is not Cure.ROUTE_NOT_READY
+        return _is_answer(error) and not _is_not_ready(error)
 
 
 @functools.cache

@@ -55,11 +55,11 @@ def cure_in(status: int, body: bytes) -> Cure | None:
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         # At the top, or in the object that holds the error.
         places = (document, document.get("error"), document.get("detail"))
-        ready = all(
-            not isinstance(place, dict) or place.get("queue_state") != "route_not_ready"
+        stale = any(
+            isinstance(place, dict) and place.get("queue_state") == "route_not_ready"
             for place in places
         )
-        return None if ready else Cure.ROUTE_NOT_READY
+        return Cure.ROUTE_NOT_READY if stale else None
     return Cure.DISTINCT_CODE if _code(document) not in (None, _NOT_FOUND) else None
 
 

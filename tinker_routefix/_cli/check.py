@@ -223,7 +223,7 @@ class Checker:
             ) from error
 
     async def _probe(self) -> tuple[Probe, float]:
-        url = f"{self._job.gateway}/training/v1/rlorTrainerJobs/{self._job}{PATH}"
+        url = f"{self._job.url}{PATH}"
         began = time.monotonic()
         try:
             async with asyncio.timeout(PROBE_SECONDS), self._client.stream("GET", url) as response:
