@@ -25,6 +25,8 @@ nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
 # An interpreter that is missing is said so, not fetched.
 nox.options.download_python = "never"
+# Where bytecode is not kept, every process that a test starts compiles tinker anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PROJECT)

@@ -26,7 +26,8 @@ import tinker_routefix
 from tinker_routefix import _control_plane, _log, _route, _seams, _settings, events
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    import warnings
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from tinker_routefix.lab import Lab
 
@@ -315,3 +316,11 @@ def run_python(code: str, *args: str, **environment: str) -> Any:
         timeout=120,
         check=False,
     )
+
+
+def of_the_shim(warned: Iterable[warnings.WarningMessage]) -> list[str]:
+    """What the shim warned of; `pytest.warns` also catches what is ignored elsewhere.
+
+    Wherever the garbage collector happens to run, it warns of connections left open by tinker.
+    """
+    return [str(one.message) for one in warned if one.category is tinker_routefix.RoutefixWarning]

@@ -18,7 +18,7 @@ import tinker.lib.internal_client_holder
 import wrapt
 
 import tinker_routefix
-from tests.conftest import run_python
+from tests.conftest import of_the_shim, run_python
 from tinker_routefix import _seams
 from tinker_routefix._seams import TINKER, SeamState
 from tinker_routefix.lab import Fault
@@ -162,8 +162,7 @@ def test_no_half_patch(
         _seams._missing.clear()
         with pytest.warns(tinker_routefix.RoutefixWarning, match=name) as warned:
             tinker_routefix.install()
-        assert len(warned) == 1
-        message = str(warned[0].message)
+        (message,) = of_the_shim(warned)
         # 0.1 calls itself 0.0.1-alpha.1.
         assert f"tinker {metadata.version('tinker')}:" in message
         assert message.endswith("https://pypi.org/project/tinker-routefix/")

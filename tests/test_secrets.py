@@ -20,7 +20,7 @@ import tinker
 
 from tests import programs
 from tests.common import CANARIES, CANARY, RUNNING, Listener, http, leaks
-from tests.conftest import run_python
+from tests.conftest import of_the_shim, run_python
 from tests.programs import exact, train
 from tinker_routefix import RoutefixWarning, SettingError, _control_plane, _log, _route, events
 from tinker_routefix._control_plane import Address, Answer, ControlPlane, JobState
@@ -450,8 +450,8 @@ def test_it_is_said_when_the_first_client_connects(settings: Change, overheard: 
     settings(strict=False)
     with pytest.warns(RoutefixWarning, match=r"http://gateway\.example is not https") as warned:
         ControlPlane(Job("http://gateway.example", "acct", "job-1"))
-    assert len(warned) == 1
-    assert "TINKER_ROUTEFIX_CONTROL_PLANE_URL" in str(warned[0].message)
+    (message,) = of_the_shim(warned)
+    assert "TINKER_ROUTEFIX_CONTROL_PLANE_URL" in message
 
 
 def test_strict_refuses_to_connect(settings: Change) -> None:

@@ -53,6 +53,7 @@ def test_cold_race(make_lab: MakeLab, plain: Plain) -> None:
     assert programs.job_of(lab).route == "warm"
 
 
+@pytest.mark.long
 def test_replicas_heal_one_after_the_other(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> None:
         for replica, seconds in enumerate((2, 5, 9)):
@@ -352,6 +353,7 @@ def test_a_replay_is_the_same_request_over_a_fresh_connection(make_lab: MakeLab)
     exact(lab, gradients=1, optim_steps=1)
 
 
+@pytest.mark.long
 def test_every_replay_follows_a_question(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
@@ -366,6 +368,7 @@ def test_every_replay_follows_a_question(make_lab: MakeLab) -> None:
         assert any(0 <= replay - question < 2.5 for question in questions), events
 
 
+@pytest.mark.long
 def test_a_refused_request_paces_itself(make_lab: MakeLab) -> None:
     """The prober's path answers all the time, the request's does not: two a second at most."""
     lab = make_lab()
@@ -376,6 +379,7 @@ def test_a_refused_request_paces_itself(make_lab: MakeLab) -> None:
     exact(lab, gradients=1, optim_steps=1)
 
 
+@pytest.mark.long
 def test_a_job_is_not_held_up_by_another(make_lab: MakeLab) -> None:
     lab = make_lab()
     first, second = connect(lab.base_url), connect(lab.job_url("job-2"))
