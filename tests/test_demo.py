@@ -79,7 +79,7 @@ def test_ctrl_c_ends_it_without_a_traceback() -> None:
         demo.send_signal(signal.SIGINT)
         _, errors = demo.communicate(timeout=30)
     assert (demo.returncode, errors) == (130, "interrupted\n")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
 
 
 def result(**about: Any) -> race.Result:

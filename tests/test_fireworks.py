@@ -173,7 +173,7 @@ def test_a_deleted_job_fails_at_once(
         lab.fault(Fault(kinds=[kind, "telemetry"]))
         began = time.monotonic()
         crash = crashes(lambda: use(client))
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 15
         return crash
 
     with plain():

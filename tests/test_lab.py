@@ -203,14 +203,14 @@ def test_samples_are_announced_per_clone(make_lab: MakeLab, connect: Any) -> Non
 
 
 def test_a_poll_waits_and_then_asks_to_try_again(make_lab: MakeLab, connect: Any) -> None:
-    client = connect(make_lab(work_seconds=0.2, poll_seconds=0.05).base_url)
+    client = connect(make_lab(work_seconds=1, poll_seconds=0.05).base_url)
     submitted = client.post(
         "create_model", session_id=client.session(), model_seq_id=0, base_model="lab/base"
     ).json()
     answer = client.post("retrieve_future", request_id=submitted["request_id"])
     assert answer.status_code == 408
     assert answer.json()["type"] == "try_again"
-    time.sleep(0.25)
+    time.sleep(1.05)
     assert client.post("retrieve_future", request_id=submitted["request_id"]).status_code == 200
 
 
@@ -218,13 +218,13 @@ def test_the_operations_of_a_model_queue_up(make_lab: MakeLab, connect: Any) -> 
     lab = make_lab()
     client = connect(lab.base_url)
     model = client.model()
-    lab.work_seconds = 0.5
-    assert lab.work_seconds == 0.5
+    lab.work_seconds = 0.6
+    assert lab.work_seconds == 0.6
     before = time.monotonic()
     steps = [client.step("optim_step", model, seq) for seq in (1, 2, 3)]
-    assert time.monotonic() - before < 0.5
+    assert time.monotonic() - before < 0.6
     client.result(steps[-1])
-    assert time.monotonic() - before >= 1.45
+    assert time.monotonic() - before >= 1.75
 
 
 def test_the_pod_has_404s_of_its_own(lab: Lab, client: Client) -> None:
@@ -528,7 +528,7 @@ def test_a_dropped_connection(lab: Lab, client: Client) -> None:
 def test_a_request_that_hangs(lab: Lab, client: Client) -> None:
     lab.fault(Fault(hang=True))
     with pytest.raises(httpx.ReadTimeout):
-        client.http.get("/api/v1/get_server_capabilities", timeout=0.1)
+        client.http.get("/api/v1/get_server_capabilities", timeout=1)
     assert lab.exchanges[0].status is None
 
 
@@ -565,7 +565,7 @@ def test_headers_and_bodies_are_kept(lab: Lab, client: Client) -> None:
 
 
 def ask(lab: Lab, job: str = "job-1", account: str = "lab") -> httpx.Response:
-    return httpx.get(f"{lab.origin}/v1/accounts/{account}/rlorTrainerJobs/{job}", timeout=2)
+    return httpx.get(f"{lab.origin}/v1/accounts/{account}/rlorTrainerJobs/{job}", timeout=10)
 
 
 def test_the_control_plane_knows_the_jobs(lab: Lab) -> None:
@@ -621,7 +621,7 @@ def test_a_control_plane_that_does_not_answer(
 ) -> None:
     lab.control_plane.mode = mode
     with pytest.raises(error):
-        httpx.get(f"{lab.origin}/v1/accounts/lab/rlorTrainerJobs/job-1", timeout=0.1)
+        httpx.get(f"{lab.origin}/v1/accounts/lab/rlorTrainerJobs/job-1", timeout=1)
 
 
 def test_a_control_plane_that_drips(lab: Lab) -> None:
@@ -764,7 +764,7 @@ def test_it_stops_with_requests_in_flight(connect: Any) -> None:
         time.sleep(0.01)
     begin = time.monotonic()
     lab.stop()
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 20
     for thread in threads:
         thread.join(5)
     assert len(errors) == len(calls)
@@ -835,7 +835,7 @@ def test_the_command(option: str) -> None:
         time.sleep(0.5)
         later = httpx.post(f"{base_url}/api/v1/create_session", json={})
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=10)
+        output, errors = process.communicate(timeout=60)
     assert refused.status_code == 404
     assert later.status_code == (200 if option == "--stale=0.4" else 404)
     assert "stale route" in output

@@ -74,7 +74,7 @@ def test_a_job_that_does_not_run_fails_at_once(
     lab = make_lab(poll_seconds=0.3)
     error, seconds = run(lab)
     assert type(error) is type(expected)
-    assert seconds < 2, "tinker's telemetry must not hold it"
+    assert seconds < 15, "tinker's telemetry must not hold it: it would for 30 s"
     programs.gateway_404(error)
     assert said in programs.notes(error)
     assert "0 replays" in programs.notes(error)
@@ -142,7 +142,7 @@ def test_a_control_plane_that_cannot_tell(make_lab: MakeLab, plain: Plain, mode:
 
     with plain():
         expected = run(make_lab())
-    with programs.took(0, 10):
+    with programs.took(0, 20):
         error = run(make_lab())
     assert type(error) is type(expected) is tinker.NotFoundError
     assert "0 replays" in programs.notes(error)
@@ -191,7 +191,7 @@ def test_a_missing_checkpoint_is_the_pods_answer(make_lab: MakeLab, plain: Plain
     with plain():
         expected = run(make_lab())
     lab = make_lab()
-    with programs.took(0, 10):
+    with programs.took(0, 20):
         assert run(lab) == expected
     assert expected[1] == "NotFoundError"
     assert lab.control_plane.questions == 0
@@ -209,7 +209,7 @@ def test_an_unknown_future_is_the_pods_answer(make_lab: MakeLab, plain: Plain) -
     with plain():
         expected = run(make_lab())
     lab = make_lab()
-    with programs.took(0, 10):
+    with programs.took(0, 20):
         assert run(lab) == expected == ("ValueError", "NotFoundError")
     assert lab.control_plane.questions == 0
     assert lab.count("poll:optim_step") == 1
@@ -225,7 +225,7 @@ def test_a_missing_config_endpoint_is_the_pods_answer(
     with plain():
         expected = run(make_lab(without=(missing,)))
     lab = make_lab(without=(missing,))
-    with programs.took(0, 10):
+    with programs.took(0, 20):
         assert run(lab) == expected
     assert lab.control_plane.questions == 0
 
@@ -297,7 +297,7 @@ def test_background_calls_are_left_alone(make_lab: MakeLab, kind: str) -> None:
         else:
             await http.post("/api/v1/telemetry", cast_to=object, body={}, options={})
 
-    with programs.took(0, 5), pytest.raises(tinker.NotFoundError):
+    with programs.took(0, 15), pytest.raises(tinker.NotFoundError):
         programs.on_loop(client, beat, "SESSION" if kind == "heartbeat" else "TELEMETRY")
     assert lab.control_plane.questions == 0
     assert lab.count("get_info") <= 4
@@ -314,7 +314,7 @@ def test_a_redirect_elsewhere_is_not_ours(make_lab: MakeLab) -> None:
     client = connect(lab.base_url)
     away = Answer(307, b"", headers={"location": f"{lab.origin}{ELSEWHERE}"})
     lab.fault(Fault(kinds=["optim_step"], at="pod", answer=away))
-    with programs.took(0, 10), pytest.raises(tinker.NotFoundError):
+    with programs.took(0, 20), pytest.raises(tinker.NotFoundError):
         programs.optim_step(client).result(programs.PATIENCE)
     assert lab.control_plane.questions == 0
 
@@ -325,10 +325,12 @@ def test_a_redirect_elsewhere_is_not_ours(make_lab: MakeLab) -> None:
 def test_a_timeout_of_the_callers_ends_the_wait(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
-    lab.fault(Fault(kinds=["poll:forward_backward"], seconds=6))
+    lab.fault(Fault(kinds=["poll:forward_backward"]))
     future = forward_backward(client)
-    with programs.took(0.5, 5), pytest.raises((TimeoutError, concurrent.futures.TimeoutError)):
+    # The wait that goes on behind it is of half a minute.
+    with programs.took(0.5, 15), pytest.raises((TimeoutError, concurrent.futures.TimeoutError)):
         future.result(1)
+    lab.clear()
     assert future.result(programs.PATIENCE) is not None
     exact(lab, gradients=1, optim_steps=0)
 
@@ -337,7 +339,7 @@ def test_a_timeout_of_the_callers_ends_the_wait(make_lab: MakeLab) -> None:
 def test_cancelling_ends_the_wait(make_lab: MakeLab, kind: str) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
-    lab.fault(Fault(kinds=[kind], seconds=4))
+    lab.fault(Fault(kinds=[kind]))
 
     async def program() -> None:
         future = forward_backward(client)
@@ -347,7 +349,8 @@ def test_cancelling_ends_the_wait(make_lab: MakeLab, kind: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiter
 
-    with programs.took(0.9, 4):
+    # By itself the wait ends after half a minute.
+    with programs.took(0.9, 15):
         asyncio.run(program())
     time.sleep(1)
     refused = lab.count(kind, refused=True)
@@ -355,7 +358,10 @@ def test_cancelling_ends_the_wait(make_lab: MakeLab, kind: str) -> None:
     assert lab.count(kind, refused=True) == refused, "a cancelled request goes on being sent"
 
 
-def test_cancelling_while_the_control_plane_is_asked(make_lab: MakeLab) -> None:
+def test_cancelling_while_the_control_plane_is_asked(
+    make_lab: MakeLab, settings: Callable[..., None]
+) -> None:
+    settings(control_plane_timeout=60)
     lab = make_lab()
     client = connect(lab.base_url)
     lab.control_plane.mode = "hang"
@@ -364,5 +370,5 @@ def test_cancelling_while_the_control_plane_is_asked(make_lab: MakeLab) -> None:
     async def program() -> None:
         await asyncio.wait_for(forward_backward(client).result_async(), 1)
 
-    with programs.took(0.9, 4), pytest.raises(TimeoutError):
+    with programs.took(0.9, 15), pytest.raises(TimeoutError):
         asyncio.run(program())
