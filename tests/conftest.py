@@ -55,14 +55,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[: 2 * long : 2], items[1 : 2 * long : 2] = items[:long], items[long : 2 * long]
 
 
-def collect() -> None:
-    """Collect the clients that a test leaves, here and not on tinker's own loop.
+def pytest_collection_finish() -> None:
+    """What is there before the first test is no test's garbage, and need not be looked at."""
+    gc.freeze()
 
-    In 0.3.0 to 0.5.0 a client that is collected waits for that loop: on it, for ever. It takes
-    a tenth of a second and more, so other releases go without.
+
+def collect() -> None:
+    """Collect the clients that a test leaves, here and not on a thread that has a loop.
+
+    In 0.3.0 to 0.5.0 a client that is collected waits for tinker's loop: on it, for ever. In the
+    releases that use httpx the loop of that thread, perhaps a lab's, then closes connections
+    whose sockets are gone: a new one that has got the number of such a socket hears nothing more.
     """
-    if _release("tinker") in ("0.3.0", "0.4.0", "0.4.1", "0.5.0"):
-        gc.collect()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

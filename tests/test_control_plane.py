@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import json
 import time
@@ -395,6 +396,67 @@ def test_an_answer_that_came_while_the_loop_stood_still_counts(
         return await control_plane.ask({})
 
     assert asyncio.run(ask()).state is JobState.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("timeout", "hang", "state", "questions"),
+    [
+        (60, 1, JobState.RUNNING, 2),
+        (2.5, 2, JobState.UNKNOWN, 2),
+        # There would be two within a second.
+        (2, 1, JobState.UNKNOWN, 1),
+    ],
+)
+def test_a_question_without_an_answer_is_put_once_more(
+    lab: Lab,
+    settings: Callable[..., None],
+    timeout: float,
+    hang: int,
+    state: JobState,
+    questions: int,
+) -> None:
+    settings(control_plane_timeout=timeout)
+    lab.fault(Fault(kinds=["control_plane"], at="control_plane", hang=True, count=hang))
+    with programs.took(0, 50):
+        (answer,) = ask(lab)
+    assert answer.state is state
+    asked = [exchange for exchange in lab.exchanges if exchange.kind == "control_plane"]
+    assert len(asked) == questions
+    assert len({exchange.connection for exchange in asked}) == questions
+    assert asked[-1].at - asked[0].at > _control_plane.GOOD_FOR or questions == 1
+
+
+def test_nobody_is_told_what_became_of_the_other_question(
+    mocker: Any, settings: Callable[..., None]
+) -> None:
+    settings(control_plane_timeout=5)
+    told: list[Any] = []
+
+    async def lost() -> tuple[int, bytes]:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise OSError("closed")
+
+    async def answered() -> tuple[int, bytes]:
+        return 200, b'{"state": "JOB_STATE_RUNNING"}'
+
+    async def program() -> Answer:
+        asyncio.get_running_loop().set_exception_handler(lambda _, about: told.append(about))
+        answer = await ControlPlane(Job("http://127.0.0.1:1", "acct", "job-1")).ask({})
+        await asyncio.sleep(0.1)
+        gc.collect()
+        return answer
+
+    replies = iter((lost, answered))
+
+    async def fetch(*_: object) -> tuple[int, bytes]:
+        return await next(replies)()
+
+    mocker.patch.object(ControlPlane, "_fetch", fetch)
+    mocker.patch.object(_control_plane, "AGAIN_AFTER", 0.1)
+    assert asyncio.run(program()).state is JobState.RUNNING
+    assert not told
 
 
 def test_an_address_shows_no_header() -> None:

@@ -357,7 +357,7 @@ def test_a_replay_is_the_same_request_over_a_fresh_connection(make_lab: MakeLab)
 def test_every_replay_follows_a_question(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
-    lab.fault(Fault(kinds=["optim_step"], seconds=5))
+    lab.fault(Fault(kinds=["optim_step"], seconds=8))
     train(client)
     events = [(e.kind, e.at) for e in lab.exchanges if e.kind in ("optim_step", "control_plane")]
     replays = [at for kind, at in events if kind == "optim_step"][1:]
@@ -365,7 +365,7 @@ def test_every_replay_follows_a_question(make_lab: MakeLab) -> None:
     assert replays
     for replay in replays:
         # The answer stays good for a second; the rest is the machine's.
-        assert any(0 <= replay - question < 2.5 for question in questions), events
+        assert any(0 <= replay - question < 4 for question in questions), events
 
 
 @pytest.mark.long
@@ -376,6 +376,18 @@ def test_a_refused_request_paces_itself(make_lab: MakeLab) -> None:
     lab.fault(Fault(kinds=["optim_step"], seconds=5))
     train(client)
     assert 3 <= lab.count("optim_step", refused=True) <= 13
+    exact(lab, gradients=1, optim_steps=1)
+
+
+@pytest.mark.parametrize("kind", ["poll:forward_backward", "forward_backward"])
+def test_a_question_that_is_lost(make_lab: MakeLab, kind: str) -> None:
+    """One connection to the control plane that hangs is no reason to end a run."""
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["control_plane"], at="control_plane", hang=True, count=1))
+    lab.fault(Fault(kinds=[kind], seconds=1))
+    train(client)
+    assert lab.control_plane.questions >= 2
     exact(lab, gradients=1, optim_steps=1)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
+import functools
 import json
 import re
 import time
@@ -29,7 +30,7 @@ from ._switch import SettingError
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from ._job import Job
 
@@ -44,6 +45,10 @@ MAX_BODY = 64 * 1024
 
 TURNS = 20
 """Parts of the timeout; however long the loop stands still, that uses up one of them."""
+
+AGAIN_AFTER = 2.0
+"""Seconds after which a question that has no answer is put once more, over another connection.
+Twice what an answer stays good, so that there never are two questions within a second."""
 
 CREDENTIALS = ("authorization", "x-api-key", "cf-access-client-id", "cf-access-client-secret")
 """The request headers that tinker and the SDKs on top of it carry their keys in."""
@@ -165,22 +170,37 @@ async def tls_context() -> ssl.SSLContext:
     return _tls
 
 
-async def _within(seconds: float, coming: asyncio.Future[_T]) -> _T:
-    """What comes within so many seconds for which the loop turns; what does not is cancelled.
+async def _within(seconds: float, fetch: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """What is fetched within so many seconds for which the loop turns.
 
     tinker makes the body of a large batch on the loop, which stands still meanwhile, for seconds
     on a busy machine. ``asyncio.timeout`` would then throw away an answer that is there already.
 
+    And one connection that hangs is not the control plane: it can even be this process that does
+    not hear it any more. When a client of tinker's is garbage collected by a thread that has a
+    loop, its close takes away the reader of whatever connection has its socket's number by then.
+
     Raises:
         TimeoutError: It has not come.
     """
+    coming: list[asyncio.Future[_T]] = []
+    waited = 0.0
     try:
         for _ in range(TURNS):
-            if (await asyncio.wait((coming,), timeout=seconds / TURNS))[0]:
-                return coming.result()
+            if not coming or (len(coming) == 1 and waited >= AGAIN_AFTER):
+                coming.append(asyncio.ensure_future(fetch()))
+            done, _ = await asyncio.wait(
+                coming, timeout=seconds / TURNS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if done:
+                return done.pop().result()
+            waited += seconds / TURNS
         raise TimeoutError
     finally:
-        coming.cancel()
+        for one in coming:
+            one.cancel()
+            # Whatever the other one ends with, nobody asks for it.
+            one.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 class ControlPlane:
@@ -230,9 +250,8 @@ class ControlPlane:
         try:
             address = self._address(settings.control_plane_url)
             if self._may_ask(address.root):
-                self.questions += 1
-                fetching = asyncio.ensure_future(self._fetch(address, credentials))
-                state, said = read_answer(*await _within(timeout, fetching))
+                fetch = functools.partial(self._fetch, address, credentials)
+                state, said = read_answer(*await _within(timeout, fetch))
             else:
                 state, said = JobState.UNKNOWN, "not asked, because its URL is not https"
         except TimeoutError:
@@ -277,6 +296,7 @@ class ControlPlane:
         return False
 
     async def _fetch(self, address: Address, credentials: Mapping[str, str]) -> tuple[int, bytes]:
+        self.questions += 1
         url = self._job.control_plane_url(address.root)
         secure = address.verify and url.startswith("https:")
         client = httpx.AsyncClient(

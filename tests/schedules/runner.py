@@ -110,6 +110,8 @@ class Played:
 
 def play(schedule: Schedule, *, shim: bool = True, observer: Any = None) -> Played:
     """Play a schedule; the shim is installed or not, as the caller wants it."""
+    # What the one before has left, before a thread with a loop does: see `conftest.collect`.
+    gc.collect()
     with faster(RATE), _settings_for(schedule), _short_parts():
         return _Stage(schedule, shim, observer).play()
 
