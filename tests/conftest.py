@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from tests.common import CANARY, Listener, leaks
+from tests.common import CANARY, Listener, collect, leaks
 
 # Before anything is imported: the shim reads its settings once, tinker its key at connect.
 os.environ["TINKER_API_KEY"] = CANARY
@@ -58,16 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is there before the first test is no test's garbage, and need not be looked at."""
     gc.freeze()
-
-
-def collect() -> None:
-    """Collect the clients that a test leaves, here and not on a thread that has a loop.
-
-    In 0.3.0 to 0.5.0 a client that is collected waits for tinker's loop: on it, for ever. In the
-    releases that use httpx the loop of that thread, perhaps a lab's, then closes connections
-    whose sockets are gone: a new one that has got the number of such a socket hears nothing more.
-    """
-    gc.collect()
 
 
 @pytest.fixture(autouse=True)

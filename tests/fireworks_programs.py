@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 from typing import Any
 
-from tests.common import CANARY
+from tests.common import CANARY, collect
 
 PATIENCE = 60.0
 """Seconds after which a result that does not come is taken for one that never will."""
@@ -35,7 +35,9 @@ def types() -> Any:
 def connect(url: str, lora_rank: int = 0) -> Any:
     """A training client; rank 0 trains all parameters."""
     service = sdk().FiretitanServiceClient(base_url=url, api_key=API_KEY)
-    return service.create_training_client(base_model=BASE_MODEL, lora_rank=lora_rank)
+    client = service.create_training_client(base_model=BASE_MODEL, lora_rank=lora_rank)
+    collect()
+    return client
 
 
 def data(count: int = 2) -> list[Any]:

@@ -17,6 +17,7 @@ from tinker.lib.public_interfaces import training_client
 
 import tinker_routefix
 from tests.common import CANARY as CANARY
+from tests.common import collect
 from tests.common import exact as exact
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def service(url: str) -> Any:
 
 def connect(url: str) -> Any:
     """A training client."""
-    return settled(service(url).create_lora_training_client(base_model="lab/base", rank=8))
+    client = settled(service(url).create_lora_training_client(base_model="lab/base", rank=8))
+    collect()
+    return client
 
 
 def forward_backward(client: Any, data: list[types.Datum] | None = None) -> Any:

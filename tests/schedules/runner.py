@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import itertools
 import math
 import os
@@ -22,6 +21,7 @@ from tinker.lib.public_interfaces import training_client
 
 import tinker_routefix
 from tests import programs
+from tests.common import collect
 from tests.schedules.clock import faster
 from tinker_routefix import _connections, _route, _settings
 from tinker_routefix.lab import Exchange, Lab
@@ -110,8 +110,8 @@ class Played:
 
 def play(schedule: Schedule, *, shim: bool = True, observer: Any = None) -> Played:
     """Play a schedule; the shim is installed or not, as the caller wants it."""
-    # What the one before has left, before a thread with a loop does: see `conftest.collect`.
-    gc.collect()
+    # What the one before has left, before a thread with a loop does: see `collect`.
+    collect()
     with faster(RATE), _settings_for(schedule), _short_parts():
         return _Stage(schedule, shim, observer).play()
 
@@ -646,6 +646,6 @@ def _eventually(left: Callable[[], list[str]], seconds: float = 15.0) -> list[st
     while said := left():
         if time.perf_counter() > end:
             return said
-        gc.collect()
+        collect()
         time.sleep(0.02)
     return []
