@@ -261,8 +261,8 @@ def screenshots(session: nox.Session) -> None:
 def schedules(session: nox.Session, tinker: str) -> None:
     """Schedules of troubles, drawn with fixed seeds: a few hundred."""
     install(session, tinker)
-    # Its clock runs ten times as fast: nothing else may slow it down.
-    pytest(session, ["tests/test_schedules.py"], covered=False)
+    # Its clock runs ten times as fast: nothing may slow it down, also not too many at a time.
+    pytest(session, ["-n", "3", "tests/test_schedules.py"], covered=False)
 
 
 @nox.session(python=NEWEST_PYTHON, default=False)
@@ -272,7 +272,7 @@ def soak(session: nox.Session, tinker: str) -> None:
     install(session, tinker)
     session.env["SCHEDULES"] = os.environ.get("SCHEDULES", "4000")
     session.env["SCHEDULES_SEED"] = os.environ.get("SCHEDULES_SEED", "random")
-    pytest(session, ["tests/test_schedules.py"], covered=False)
+    pytest(session, ["-n", "3", "tests/test_schedules.py"], covered=False)
 
 
 @nox.session(python=NEWEST_PYTHON, default=False)
