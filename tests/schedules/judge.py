@@ -84,19 +84,26 @@ POLL_ERRORS: Final[dict[int, tuple[type[BaseException], ...]]] = {
 """What plain tinker raises; whatever is not here it sends again until it gets through."""
 
 
-def complaints(played: Played) -> list[str]:
-    """Everything that must not be; empty when all is well."""
+def damage(played: Played) -> list[str]:
+    """What must not be even once, however busy the machine is."""
     return [
         *_hung(played),
         *_executed_twice(played),
         *_out_of_order(played),
         *_lost(played),
         *_executed_though_refused(played),
+        *(f"left behind: {what}" for what in played.left),
+    ]
+
+
+def complaints(played: Played) -> list[str]:
+    """Everything that must not be; empty when all is well."""
+    return [
+        *damage(played),
         *_sent_again(played),
         *_sent_though_cancelled(played),
         *_outcomes(played),
         *(_of_the_shim(played) if played.shim else ()),
-        *(f"left behind: {what}" for what in played.left),
     ]
 
 
@@ -379,6 +386,9 @@ def _allowed(played: Played, result: Result) -> Iterator[type[BaseException]]:
                 yield RouteTimeoutError
         if _meets(trouble, result, polls=True):
             yield from POLL_ERRORS.get(status, ())
+            if result.op == "sample" and status == 404:
+                # From 0.27.1 on, where samples are polled for together.
+                yield tinker.TinkerError
     if any(one.what == "trainer restarted" for one in schedule.happenings) and not connecting:
         yield from (tinker.NotFoundError, ValueError)
 
