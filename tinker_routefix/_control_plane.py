@@ -183,18 +183,15 @@ async def _within(seconds: float, fetch: Callable[[], Coroutine[Any, Any, _T]]) 
     Raises:
         TimeoutError: It has not come.
     """
-    coming: list[asyncio.Future[_T]] = []
-    waited = 0.0
+    part = seconds / TURNS
+    coming = [asyncio.ensure_future(fetch())]
     try:
-        for _ in range(TURNS):
-            if not coming or (len(coming) == 1 and waited >= AGAIN_AFTER):
+        for turn in range(TURNS):
+            if len(coming) == 1 and turn * part >= AGAIN_AFTER:
                 coming.append(asyncio.ensure_future(fetch()))
-            done, _ = await asyncio.wait(
-                coming, timeout=seconds / TURNS, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait(coming, timeout=part, return_when=asyncio.FIRST_COMPLETED)
             if done:
                 return done.pop().result()
-            waited += seconds / TURNS
         raise TimeoutError
     finally:
         for one in coming:
