@@ -95,6 +95,7 @@ def replay(on: Route, send: Callable[[], Awaitable[Any]], error: Exception | Non
         headers={},
         send=send,
         refused=lambda other: isinstance(other, RefusedError),
+        uncertain=lambda: None,
         probe=no_probe,
         what="forward_backward",
     )

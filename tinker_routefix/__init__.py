@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from ._errors import may_have_been_carried_out
     from ._log import RoutefixWarning
     from ._status import (
         AutoloadStatus,
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "configure",
     "install",
+    "may_have_been_carried_out",
     "status",
     "subscribe",
     "uninstall",
@@ -56,6 +58,7 @@ _LAZY = {
     "SettingStatus": "_status",
     "Status": "_status",
     "__version__": "_version",
+    "may_have_been_carried_out": "_errors",
     "status": "_status",
     "subscribe": "events",
 }

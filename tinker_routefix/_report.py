@@ -51,6 +51,7 @@ def report(counters: list[Counters], *, jobs: int) -> str:
     ends = {
         "recovered": sum(route.recovered for route in counters),
         "given up": sum(route.given_up for route in counters),
+        "uncertain": sum(route.uncertain for route in counters),
         "failed fast": sum(route.failed_fast for route in counters),
         "cancelled": sum(route.cancelled for route in counters),
     }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenacity.asyncio import AsyncRetrying, retry_if_exception
 
-from . import _log, _settings, events
+from . import _errors, _log, _settings, events
 from ._control_plane import NOT_ASKED, JobState
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ class Replay(Waiting):
         headers: The refused request's headers; their credentials go to the control plane.
         send: Sends the same request again over a fresh connection.
         refused: Whether an error is again a 404 that may be the gateway's.
+        uncertain: How an earlier try ended that may have been carried out; None: none was.
         probe: Makes the light prober.
         what: The request's name, for the log.
     """
@@ -170,6 +171,7 @@ class Replay(Waiting):
         headers: Mapping[str, str],
         send: Callable[[], Awaitable[Any]],
         refused: Callable[[BaseException], bool],
+        uncertain: Callable[[], str | None],
         probe: Probe,
         what: str,
     ) -> None:
@@ -188,6 +190,7 @@ class Replay(Waiting):
         self._headers = headers
         self._send = send
         self._refused = refused
+        self._uncertain = uncertain
         self._handed_in = False
 
     async def run(self) -> Any:
@@ -248,7 +251,8 @@ class Replay(Waiting):
         if error is not self.error:
             self._met(error)
         self.refused_at = time.monotonic()
-        return await self._runs()
+        # A 404 says nothing about earlier tries: what may have been carried out is not repeated.
+        return self._uncertain() is None and await self._runs()
 
     async def _runs(self) -> bool:
         """Whether the control plane's word allows to send again."""
@@ -277,6 +281,23 @@ class Replay(Waiting):
     def _give_up(self, error: Exception) -> None:
         counters = self.route.counters
         self.route.give_up()
+        earlier = self._uncertain()
+        if earlier is not None:
+            counters.uncertain += 1
+            _errors.mark_uncertain(error)
+            uncertain = events.Uncertain(
+                job=str(self.route.job),
+                request=self.what,
+                earlier=earlier,
+                replays=self.replays,
+                seconds=self._waited(),
+            )
+            events.publish(uncertain, limit=self.route.limit)
+            error.add_note(
+                f"tinker_routefix: {uncertain}. Resume from a checkpoint, do not repeat the step: "
+                "other parts of the same batch may be on their way"
+            )
+            return
         kind = events.GivenUp
         if self._allowed():
             counters.given_up += 1

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from . import _report
 from ._control_plane import ControlPlane
 from ._log import RateLimit
+from ._submissions import RaisedSteps
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -52,6 +53,8 @@ class Counters:
     """Requests that were refused and got through in the end."""
     given_up: int = 0
     """Requests that were refused until their budget was spent."""
+    uncertain: int = 0
+    """Requests that were not replayed because an earlier try may have been carried out."""
     failed_fast: int = 0
     """Requests that were handed their 404 because the control plane did not say RUNNING."""
     cancelled: int = 0
@@ -77,6 +80,7 @@ class Route:
         self.control_plane = control_plane
         self.counters = Counters()
         self.limit = RateLimit(seconds=5.0)
+        self.raised = RaisedSteps()
         self.warm = False
         """A warm-up has succeeded."""
         self.worked = False

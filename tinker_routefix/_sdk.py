@@ -13,12 +13,15 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import json
+import sys
 import weakref
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from . import _control_plane, _log, _seams, _settings, _verdict
+from . import _control_plane, _log, _seams, _settings, _submissions, _verdict, events
 from ._connections import Lending
 from ._job import Job
 from ._retry import Replay
@@ -183,7 +186,39 @@ def guard_request(
     lending: Lending | None = getattr(instance, _MARK, None)
     if lending is None or (lending.senders and asyncio.current_task() in lending.senders):
         return wrapped(*args, **kwargs)
+    submission = _submissions.current()
+    if submission is None:
+        # A poll, say: a request that nothing around it repeats is a submission of its own.
+        return _submissions.follow(_send, wrapped, lending, args, kwargs)
     return _send(wrapped, lending, args, kwargs)
+
+
+def follow_submission(
+    wrapped: Callable[..., Coroutine[Any, Any, Any]],
+    _instance: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Coroutine[Any, Any, Any]:
+    """``InternalClientHolder.execute_with_retries``: one call is one submission."""
+    return _submissions.follow(wrapped, *args, **kwargs)
+
+
+def note_try(
+    wrapped: Callable[..., Coroutine[Any, Any, Any]],
+    _instance: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Coroutine[Any, Any, Any]:
+    """``AsyncTinker._sleep_for_retry``: how the try has ended that is about to be repeated.
+
+    It is called from the ``except`` clause that has caught what ended it.
+    """
+    submission = _submissions.current()
+    if submission is not None:
+        options, response = kwargs.get("options"), kwargs.get("response")
+        outcome = response if isinstance(response, httpx.Response) else sys.exception()
+        submission.record_try(str(getattr(options, "url", "")), outcome)
+    return wrapped(*args, **kwargs)
 
 
 async def _send(
@@ -198,6 +233,8 @@ async def _send(
         awaited.lending = lending
     if not route.warm and _path(args, kwargs) in _WORK:
         route.worked = True
+    if route.raised:
+        _warn_if_step_repeated(route, lending.client, _options(args, kwargs))
     try:
         if lending.successor is None:
             answer = await wrapped(*args, **kwargs)
@@ -205,11 +242,15 @@ async def _send(
             # Spoiled and replaced while it was lent.
             lending = lending.latest()
             answer = await lending.send(lambda client: client.request(*args, **kwargs))
+    except asyncio.CancelledError as error:
+        # Whoever has cancelled it may repeat it: under `wait_for`, say.
+        _record_try(error, args, kwargs)
+        raise
     except Exception as error:
-        if not _is_answer(error):
-            raise
         if not _is_refused(error, route.job):
-            _tell_if_answered(error, route)
+            _record_try(error, args, kwargs)
+            if _is_answer(error):
+                _tell_if_answered(error, route)
             raise
         if _note(error) is not None:
             # Refused and given up on below us: whoever replaced a seam calls our
@@ -224,7 +265,8 @@ async def _send(
                 return None
             raise
         lending.spoiled = True
-        replay = _Refused(lending, args, kwargs, awaited).replay(error)
+        refused = _Refused(lending, args, kwargs, awaited)
+        replay = refused.replay(error)
         if replay is None:
             raise
     else:
@@ -232,12 +274,91 @@ async def _send(
             route.answered()
         return answer
     # Out here, so that what a replay meets does not carry the first 404 as its context.
-    answer = await replay.run()
+    try:
+        answer = await replay.run()
+    except Exception as error:
+        if _is_refused(error, route.job):
+            refused.remember_raised()
+        raise
     # Only now is it known that the route was stale and the job not gone.
     cure = _cure_in(replay.error)
     if cure is not None:
         route.show(cure)
     return answer
+
+
+def _record_try(
+    outcome: httpx.Response | BaseException | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    submission = _submissions.current()
+    if submission is not None:
+        submission.record_try(_path(args, kwargs), outcome)
+
+
+def _may_be_repeated(options: Any, client: Any) -> bool:
+    """Whether a request may be sent again though an earlier try may have been carried out."""
+    if str(options.method).lower() == "get":
+        return True
+    endpoint = str(options.url).removeprefix(_API)
+    if endpoint == "load_weights":
+        # Not into a model: it makes one of a checkpoint (0.24.1 and later).
+        body = options.json_data
+        return isinstance(body, dict) and body.get("model_seq_id") is not None
+    if endpoint == "forward_backward":
+        message = _message(options, client)
+        return message is not None and bool(message.forward_only)
+    return endpoint in _seams.REPEATABLE
+
+
+def _message(options: Any, client: Any) -> Any:
+    """The message in a protobuf body, read by the SDK's own class; None for any other body."""
+    body = options.json_data
+    proto = sys.modules.get(f"{type(client).__module__.rpartition('.')[0]}.proto.tinker_public_pb2")
+    if not isinstance(body, bytes) or proto is None:
+        return None
+    try:
+        headers = httpx.Headers(options.headers or {})
+        if headers.get("content-encoding") == "zstd":
+            body = import_module("zstandard").ZstdDecompressor().decompressobj().decompress(body)
+        message = proto.ForwardBackwardRequest()
+        message.ParseFromString(body)
+    except Exception:  # noqa: BLE001 - what cannot be read is nothing that may be repeated
+        return None
+    return message
+
+
+def _step(options: Any, client: Any) -> bytes | None:
+    """What a submission asks for, but for its place in the order; None: it cannot be told."""
+    body = options.json_data
+    if isinstance(body, dict):
+        kept = {name: value for name, value in body.items() if not name.endswith("seq_id")}
+        return json.dumps(kept, sort_keys=True, default=str).encode()
+    message = _message(options, client)
+    if message is None:
+        return None
+    message.ClearField("seq_id")
+    return cast("bytes", message.SerializeToString(deterministic=True))
+
+
+def _warn_if_step_repeated(route: Route, client: Any, options: Any) -> None:
+    """Say it where the program submits once more what has just ended in a 404: a retry of its own.
+
+    Other parts of that step may have been carried out, and then they are now a second time.
+    """
+    path = str(options.url)
+    if not route.raised.recently(path):
+        return
+    try:
+        seconds = route.raised.seconds_since(path, _step(options, client))
+    except Exception as failure:  # noqa: BLE001 - a warning is not worth an error
+        _log.own_failure("comparing a submission", failure, strict=_settings.current().strict)
+        return
+    if seconds is not None:
+        events.publish(
+            events.StepRepeated(
+                job=str(route.job), request=path.removeprefix(_API), seconds=round(seconds, 3)
+            )
+        )
 
 
 def _tell_if_answered(error: Exception, route: Route) -> None:
@@ -290,6 +411,7 @@ class _Refused:
             headers=headers,
             send=self._send_fresh,
             refused=lambda other: _is_refused(other, route.job),
+            uncertain=self._uncertain,
             probe=light_prober(route, functools.partial(_open_prober, self._lending)),
             what=self._name(),
         )
@@ -298,9 +420,29 @@ class _Refused:
         target = await self._lending.fresh()
         try:
             return await target.send(lambda client: client.request(*self._args, **self._kwargs))
-        except Exception as error:
+        except BaseException as error:
             target.spoiled = _is_refused(error, self._route.job)
+            if not target.spoiled:
+                _record_try(error, self._args, self._kwargs)
             raise
+
+    def _uncertain(self) -> str | None:
+        """How an earlier try ended that may have been carried out, if that matters here."""
+        submission = _submissions.current()
+        options = _options(self._args, self._kwargs)
+        doubt = None if submission is None else submission.uncertain(str(options.url))
+        if doubt is None or _may_be_repeated(options, self._lending.client):
+            return None
+        return doubt
+
+    def remember_raised(self) -> None:
+        """Remember what was raised to the program, to notice that it submits it again."""
+        options, client = _options(self._args, self._kwargs), self._lending.client
+        try:
+            if not _may_be_repeated(options, client):
+                self._route.raised.add(str(options.url), _step(options, client))
+        except Exception as failure:  # noqa: BLE001 - the program gets its 404
+            _log.own_failure("noting a 404", failure, strict=_settings.current().strict)
 
     def _keep_idempotency_key(self, headers: Mapping[str, str]) -> None:
         # tinker makes one up in every call of `request`; the first one's has to stay.

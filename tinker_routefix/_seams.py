@@ -73,6 +73,22 @@ def _seams(package: str, client: str) -> tuple[Seam, ...]:
             parameters=("cast_to", "options"),
         ),
         Seam(
+            f"{package}.lib.internal_client_holder",
+            "InternalClientHolder.execute_with_retries",
+            "follow_submission",
+            "one call is one submission with all of its tries: nothing is replayed once one of "
+            "them may have been carried out",
+            coroutine=True,
+        ),
+        Seam(
+            f"{package}._client",
+            f"{client}._sleep_for_retry",
+            "note_try",
+            "runs between two tries of a request: tells how the one before it ended",
+            coroutine=True,
+            parameters=("options", "response"),
+        ),
+        Seam(
             f"{package}.lib.api_future_impl",
             "_APIFuture._result_async",
             "await_result",
@@ -94,6 +110,36 @@ MANAGER = (
         coroutine=False,
     ),
 )
+
+REPEATABLE = frozenset(
+    {
+        # Reads, and what only asks for something that goes on by itself.
+        "client/config",
+        "client/dynamic_config",
+        "get_info",
+        "get_server_capabilities",
+        "healthz",
+        "retrieve_future",
+        "retrieve_futures",
+        "sessions/search",
+        "weights_info",
+        "session_heartbeat",
+        "telemetry",
+        "cancel_future",
+        # A second token, session, model or sampler is idle, but harmless.
+        "auth/token",
+        "create_session",
+        "create_model",
+        "create_base_model",
+        "create_sampling_session",
+        "join_sampling_session",
+        # They change nothing in a model.
+        "forward",
+        "asample",
+    }
+)
+"""Endpoints below ``/api/v1/`` that may be sent again where an earlier try may have been carried
+out; every GET is one too. What is not listed changes something, or is not known here."""
 
 SDKS = (
     Sdk("tinker", "tinker", TINKER),

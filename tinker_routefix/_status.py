@@ -88,6 +88,8 @@ class JobStatus:
     replays: int
     recovered: int
     given_up: int
+    uncertain: int
+    """Requests that were not replayed because an earlier try may have been carried out."""
     failed_fast: int
     cancelled: int
     telemetry_dropped: int

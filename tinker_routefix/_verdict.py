@@ -47,6 +47,11 @@ def of_body(body: bytes) -> Verdict:
     return Verdict.UNKNOWN
 
 
+def is_route_not_ready(status: int, body: bytes) -> bool:
+    """Whether an answer is a gateway's 503 for a route that it does not have yet; never raises."""
+    return status == HTTPStatus.SERVICE_UNAVAILABLE and cure_in(status, body) is not None
+
+
 def cure_in(status: int, body: bytes) -> Cure | None:
     """The cure that an answer shows, if it was given for a stale route; never raises."""
     if status not in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.NOT_FOUND, HTTPStatus.GONE):

@@ -206,6 +206,56 @@ class FailedFast(GivenUp):
     name: ClassVar[str] = "route.failed_fast"
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertain(RequestEvent):
+    """A request is not replayed: an earlier try of it may have been carried out.
+
+    The caller gets the 404, as from tinker alone.
+    """
+
+    name: ClassVar[str] = "route.uncertain"
+
+    earlier: str
+    """How that try ended, as in ``got no answer (ReadError)`` or ``was answered HTTP 502``."""
+    seconds: float
+    """Since the request's first 404."""
+
+    @property
+    def level(self) -> int:
+        """The run is about to end."""
+        return logging.WARNING
+
+    def __str__(self) -> str:
+        return (
+            f"the gateway answered {self.request} of job {self.job} with a 404, but an earlier try "
+            f"of it {self.earlier}: it may have been carried out, and is not sent again"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepRepeated(Event):
+    """The program submits once more what has just ended in a 404: it has a retry of its own."""
+
+    name: ClassVar[str] = "program.step_repeated"
+
+    request: str
+    """Which endpoint, as in ``forward_backward``."""
+    seconds: float
+    """Since the 404 was raised."""
+
+    @property
+    def level(self) -> int:
+        """The program may be training twice."""
+        return logging.WARNING
+
+    def __str__(self) -> str:
+        return (
+            f"the program has submitted {self.request} of job {self.job} again, {self.seconds:.1f} "
+            "s after a 404 was raised for it: what was carried out of that step is now carried "
+            "out twice. Remove your own retry around the SDK"
+        )
+
+
 Callback = Callable[[Event], object]
 
 _lock = threading.Lock()

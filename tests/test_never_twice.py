@@ -1,0 +1,398 @@
+"""What may have been carried out is not sent again: an answer is lost, and then the route is stale.
+
+That is what a gateway replica looks like that restarts. tinker repeats the submission whose answer
+was lost, and its repeat gets the 404. Plain tinker ends there, loudly; so must the shim, because
+the 404 says nothing about the try before it. The judge: the trainer's ledger, and what was sent.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import tinker
+
+import tinker_routefix
+from tests import programs
+from tinker_routefix import events
+from tinker_routefix.lab import Answer, Exchange, Fault, Lab
+
+if TYPE_CHECKING:
+    from tests.conftest import Overheard
+
+MakeLab = Callable[..., Lab]
+Plain = Callable[[], AbstractContextManager[None]]
+Call = Callable[[Any], object]
+
+
+def _load(client: Any) -> object:
+    return programs.load(client, "tinker://lab/weights/none")
+
+
+def _split_batch(client: Any) -> object:
+    return programs.forward_backward(client, programs.many_parts()).result(programs.PATIENCE)
+
+
+def _raw(endpoint: str) -> Call:
+    """A request that no method of tinker's makes, as the SDKs on top of it do."""
+
+    def call(client: Any) -> object:
+        path, body = f"/api/v1/{endpoint}", {"model_id": client.model_id}
+        return programs.on_loop(
+            client, lambda http: http.post(path, body=body, cast_to=httpx.Response)
+        )
+
+    return call
+
+
+SUBMISSIONS: dict[str, tuple[str, Call]] = {
+    "forward_backward": (
+        "forward_backward",
+        lambda client: programs.forward_backward(client).result(programs.PATIENCE),
+    ),
+    "split batch": ("forward_backward", _split_batch),
+    "optim_step": (
+        "optim_step",
+        lambda client: programs.optim_step(client).result(programs.PATIENCE),
+    ),
+    "save": ("save", lambda client: programs.save(client, "name")),
+    "save for sampler": ("save_sampler", programs.sampler),
+    "load": ("load", _load),
+    "unload": ("other", _raw("unload_model")),
+    "unknown endpoint": ("other", _raw("weight_sync")),
+}
+"""Kind of request in the lab, and the call that makes it."""
+
+LOST = {
+    "dropped": None,
+    "HTTP 502": Answer(502, b"<html>bad gateway</html>", "text/html"),
+    "HTTP 504": Answer(504, b""),
+}
+
+
+def transports() -> list[str]:
+    known = getattr(tinker.types, "ClientConfigResponse", None)
+    both = known is not None and "use_pyqwest_transport" in known.model_fields
+    return ["httpx", "pyqwest"] if both else ["httpx"]
+
+
+@pytest.fixture(params=transports())
+def transport(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The lab's configuration of the client."""
+    return {"use_pyqwest_transport": request.param == "pyqwest"}
+
+
+def sent(lab: Lab, kind: str, seq_id: int | None = None) -> list[int | None]:
+    """How every request of a kind, or of one submission, was answered; None: not at all."""
+    return [
+        exchange.status
+        for exchange in lab.exchanges
+        if exchange.kind == kind and seq_id in (None, exchange.seq_id)
+    ]
+
+
+class FirstSubmission:
+    """Matches the requests of the submission that comes first: a batch can be several."""
+
+    def __init__(self) -> None:
+        self.exchange: Exchange | None = None
+
+    def __call__(self, exchange: Exchange) -> bool:
+        if self.exchange is None:
+            self.exchange = exchange
+        return exchange.seq_id == self.exchange.seq_id
+
+    def sent(self, lab: Lab) -> list[int | None]:
+        assert self.exchange is not None, "the fault has to strike"
+        return sent(lab, self.exchange.kind, self.exchange.seq_id)
+
+
+def lose_then_stale(lab: Lab, kind: str, lost: Answer | None) -> FirstSubmission:
+    """The pod carries one out and its answer is lost; what comes after gets the stale route."""
+    first = FirstSubmission()
+    lab.fault(Fault(kinds=(kind,), count=1, lost_answer=True, answer=lost, when=first))
+    lab.fault(Fault(kinds=(kind,), count=2, when=first))
+    return first
+
+
+@pytest.mark.core
+@pytest.mark.trains_twice
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+@pytest.mark.parametrize(("kind", "call"), SUBMISSIONS.values(), ids=SUBMISSIONS)
+def test_submission_with_lost_answer_then_404_is_not_sent_again(
+    make_lab: MakeLab,
+    plain: Plain,
+    transport: dict[str, Any],
+    kind: str,
+    call: Call,
+    lost: Answer | None,
+) -> None:
+    def run() -> tuple[Lab, BaseException, list[int | None]]:
+        lab = make_lab(config=transport)
+        client = programs.connect(lab.base_url)
+        first = lose_then_stale(lab, kind, lost)
+        with pytest.raises(Exception) as caught:
+            call(client)
+        programs.gateway_404(caught.value)
+        return lab, caught.value, first.sent(lab)
+
+    with plain():
+        plain_lab, _, expected = run()
+    lab, error, tries = run()
+    assert tinker_routefix.may_have_been_carried_out(error)
+    assert "do not repeat the step" in programs.notes(error)
+    assert tries == expected
+    assert tries[-1] == 404
+    assert len(lab.ledger.duplicates()) == len(plain_lab.ledger.duplicates())
+    job = programs.job_of(lab)
+    assert (job.uncertain, job.replays, job.given_up, job.failed_fast) == (1, 0, 0, 0)
+
+
+@pytest.mark.core
+@pytest.mark.trains_twice
+@pytest.mark.parametrize("kind", ["forward_backward", "optim_step", "save"])
+def test_answer_lost_within_a_replay_ends_the_replays(make_lab: MakeLab, kind: str) -> None:
+    """404, replay, its answer is lost, tinker's repeat gets the 404 again."""
+    lab = make_lab()
+    client = programs.connect(lab.base_url)
+    lab.fault(Fault(kinds=(kind,), count=1))
+    lab.fault(Fault(kinds=(kind,), count=1, lost_answer=True, answer=None))
+    lab.fault(Fault(kinds=(kind,), count=3))
+    with pytest.raises(Exception) as caught:
+        SUBMISSIONS[kind][1](client)
+    programs.gateway_404(caught.value)
+    assert tinker_routefix.may_have_been_carried_out(caught.value)
+    assert sent(lab, kind) == [404, None, 404]
+    assert lab.ledger.count(kind) == 1
+    assert programs.job_of(lab).replays == 1
+
+
+@pytest.mark.trains_twice
+def test_uncertain_404_is_an_event_and_one_warning(make_lab: MakeLab, overheard: Overheard) -> None:
+    heard: list[events.Event] = []
+    unsubscribe = tinker_routefix.subscribe(heard.append)
+    lab = make_lab()
+    client = programs.connect(lab.base_url)
+    lose_then_stale(lab, "optim_step", LOST["HTTP 502"])
+    with pytest.raises(tinker.NotFoundError):
+        programs.optim_step(client).result(programs.PATIENCE)
+    unsubscribe()
+    (uncertain,) = (event for event in heard if isinstance(event, events.Uncertain))
+    assert (uncertain.request, uncertain.earlier) == ("optim_step", "was answered HTTP 502")
+    assert overheard.events.count("route.uncertain") == 1
+
+
+def test_other_errors_may_not_have_been_carried_out(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    client = programs.connect(lab.base_url)
+    lab.end_job()
+    with pytest.raises(tinker.NotFoundError) as caught:
+        programs.optim_step(client).result(programs.PATIENCE)
+    assert not tinker_routefix.may_have_been_carried_out(caught.value)
+    assert not tinker_routefix.may_have_been_carried_out(ValueError())
+
+
+# --- What may be repeated still survives ---------------------------------------------------
+
+
+def _connect_and_train(lab: Lab) -> None:
+    programs.train(programs.connect(lab.base_url))
+
+
+def _sample(lab: Lab) -> None:
+    programs.sample(programs.sampler(programs.connect(lab.base_url)))
+
+
+def _sampling_session(lab: Lab) -> None:
+    service = programs.service(lab.base_url)
+    programs.sample(programs.settled(service.create_sampling_client(base_model="lab/base")))
+
+
+def _forward(lab: Lab) -> None:
+    client = programs.connect(lab.base_url)
+    client.forward([programs.datum()], "cross_entropy").result(programs.PATIENCE)
+
+
+REPEATED: dict[str, tuple[str, Callable[[Lab], None]]] = {
+    "poll": ("poll", _connect_and_train),
+    "session": ("create_session", _connect_and_train),
+    "model": ("create_model", _connect_and_train),
+    "sampling session": ("sampling_session", _sampling_session),
+    "sample": ("sample", _sample),
+    "forward": ("forward", _forward),
+}
+
+
+@pytest.mark.core
+@pytest.mark.trains_twice
+@pytest.mark.parametrize(("kind", "run"), REPEATED.values(), ids=REPEATED)
+def test_repeatable_request_with_lost_answer_then_404_survives(
+    make_lab: MakeLab,
+    plain: Plain,
+    transport: dict[str, Any],
+    kind: str,
+    run: Callable[[Lab], None],
+) -> None:
+    def play() -> Lab:
+        lab = make_lab(config=transport)
+        lab.fault(Fault(kinds=(kind,), count=1, lost_answer=True, answer=LOST["HTTP 502"]))
+        lab.fault(Fault(kinds=(kind,), count=2))
+        run(lab)
+        return lab
+
+    with plain(), pytest.raises(Exception) as caught:
+        play()
+    programs.gateway_404(caught.value)
+    lab = play()
+    assert 404 in sent(lab, kind), "the fault has to have struck"
+
+
+# --- Tries that were turned away count for nothing -------------------------------------------
+
+
+TURNED_AWAY = {
+    "HTTP 429": Answer(429, {"error": {"code": "RESOURCE_EXHAUSTED"}}),
+    "HTTP 503 route_not_ready": Answer(503, {"queue_state": "route_not_ready"}),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("answer", TURNED_AWAY.values(), ids=TURNED_AWAY)
+@pytest.mark.parametrize("kind", ["forward_backward", "optim_step", "save"])
+def test_submission_that_was_turned_away_before_the_404_is_replayed(
+    make_lab: MakeLab, plain: Plain, transport: dict[str, Any], kind: str, answer: Answer
+) -> None:
+    def run() -> Lab:
+        lab = make_lab(config=transport)
+        client = programs.connect(lab.base_url)
+        lab.fault(Fault(kinds=(kind,), count=1, answer=answer))
+        lab.fault(Fault(kinds=(kind,), count=1))
+        SUBMISSIONS[kind][1](client)
+        return lab
+
+    with plain(), pytest.raises(Exception) as caught:
+        run()
+    programs.gateway_404(caught.value)
+    lab = run()
+    assert sent(lab, kind) == [answer.status, 404, 200]
+    assert lab.ledger.count(kind) == 1
+
+
+class Door:
+    """A port in front of a lab that can be shut, so that connections to it are refused."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._behind = int(lab.origin.rpartition(":")[2])
+        self._open: list[socket.socket] = []
+        self._listener: socket.socket | None = None
+        self.port = 0
+        self.unlock()
+
+    def unlock(self) -> None:
+        self._listener = listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def lock(self) -> None:
+        """Refuse connections, and end those that there are."""
+        if self._listener is not None:
+            # The thread that waits in `accept` holds the socket open otherwise.
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+        # The ends that clients hold come first: they have to see it before they send again.
+        for end in self._open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._behind))
+            self._open += [client, server]
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+
+    def _pump(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+        for end in (one, other):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def door(lab: Lab) -> Iterator[Door]:
+    opened = Door(lab)
+    yield opened
+    opened.lock()
+
+
+def test_submission_whose_connection_was_never_made_is_replayed(
+    make_lab: MakeLab, plain: Plain, transport: dict[str, Any]
+) -> None:
+    def run() -> Lab:
+        lab = make_lab(config=transport)
+        with door(lab) as way:
+            url = lab.base_url.replace(lab.origin, f"http://127.0.0.1:{way.port}")
+            client = programs.connect(url)
+            programs.train(client)
+            # Idle connections are closed as well, and one of those may be tried first: it ends
+            # without a byte of an answer, and that would count.
+            way.lock()
+            lab.fault(Fault(kinds=("optim_step",), count=1))
+            threading.Timer(1.5, way.unlock).start()
+            programs.optim_step(client).result(programs.PATIENCE)
+        return lab
+
+    with plain(), pytest.raises(Exception) as caught:
+        run()
+    programs.gateway_404(caught.value)
+    lab = run()
+    assert sent(lab, "optim_step") == [200, 404, 200]
+    assert lab.ledger.count("optim_step") == 2
+
+
+# --- A retry around the SDK, left in place -------------------------------------------------
+
+
+@pytest.mark.trains_twice
+@pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])
+def test_program_that_submits_again_after_a_404_is_warned_once(
+    make_lab: MakeLab, settings: Callable[..., None], overheard: Overheard, kind: str
+) -> None:
+    settings(retry_budget=1)
+    lab = make_lab()
+    client = programs.connect(lab.base_url)
+    stale = lab.stale()
+    with pytest.raises(tinker.NotFoundError):
+        SUBMISSIONS[kind][1](client)
+    assert "program.step_repeated" not in overheard.events
+    lab.clear()
+    del stale
+    SUBMISSIONS[kind][1](client)
+    SUBMISSIONS[kind][1](client)
+    assert overheard.events.count("program.step_repeated") == 1
+
+
+def test_program_that_goes_on_with_another_step_is_not_warned(
+    make_lab: MakeLab, settings: Callable[..., None], overheard: Overheard
+) -> None:
+    settings(retry_budget=1)
+    lab = make_lab()
+    client = programs.connect(lab.base_url)
+    lab.stale()
+    with pytest.raises(tinker.NotFoundError):
+        programs.forward_backward(client).result(programs.PATIENCE)
+    lab.clear()
+    programs.forward_backward(client, [programs.datum(5)]).result(programs.PATIENCE)
+    assert "program.step_repeated" not in overheard.events
