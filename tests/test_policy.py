@@ -133,14 +133,14 @@ def test_waits_double_up_to_the_limit_and_end(clock: Clock) -> None:
     assert on.counters.given_up == 1
 
 
-def test_jitter_only_shortens(mocker: MockerFixture, clock: Clock) -> None:
+def test_retry_jitter_only_shortens_waits(mocker: MockerFixture, clock: Clock) -> None:
     mocker.patch("random.uniform", lambda low, _: low)
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(route(), Sender(None))))
     assert clock.waits == pytest.approx([1.8, 3.6, 7.2, 13.5])
 
 
-def test_the_budget_ends_it_and_cuts_the_last_wait(
+def test_retry_budget_shortens_the_last_wait_and_ends_it(
     clock: Clock, settings: Callable[..., None]
 ) -> None:
     settings(retry_budget=9, max_replays=10)
@@ -149,9 +149,7 @@ def test_the_budget_ends_it_and_cuts_the_last_wait(
     assert clock.waits == [2, 4, 3]
 
 
-def test_a_budget_that_is_spent_to_the_second_is_spent(
-    clock: Clock, settings: Callable[..., None]
-) -> None:
+def test_retry_budget_spent_exactly_ends_it(clock: Clock, settings: Callable[..., None]) -> None:
     settings(retry_budget=14, max_replays=10)
     send = Sender(None)
     with pytest.raises(RefusedError):
@@ -161,7 +159,9 @@ def test_a_budget_that_is_spent_to_the_second_is_spent(
 
 
 @pytest.mark.parametrize(("warm", "questions"), [(True, 6), (False, 3)])
-def test_when_the_control_plane_is_asked(clock: Clock, warm: bool, questions: int) -> None:
+def test_retry_asks_control_plane_before_each_wait_and_after_it_once_warm(
+    clock: Clock, warm: bool, questions: int
+) -> None:
     """Before each wait; and once there is work to lose, also after it."""
     on = route(warm=warm)
     assert asyncio.run(run(replay(on, Sender(None, None, "answer")))) == "answer"
@@ -190,7 +190,7 @@ def test_raises_the_original_at_once_when_not_running(clock: Clock, state: JobSt
     assert f"JOB_STATE_{state.name}; 0 replays" in error.__notes__[0]
 
 
-def test_a_forward_backward_is_not_replayed_once_the_job_is_deleted(clock: Clock) -> None:
+def test_retry_sends_nothing_when_job_ends_during_the_wait(clock: Clock) -> None:
     """RUNNING before the wait, deleted after it: nothing is sent."""
     send = Sender("trained twice")
     with pytest.raises(RefusedError, match="first"):
@@ -211,7 +211,7 @@ def test_every_other_error_passes_through(clock: Clock, error: BaseException) ->
     assert not getattr(error, "__notes__", None)
 
 
-def test_an_early_release_costs_nothing_and_is_good_for_two(clock: Clock) -> None:
+def test_retry_released_early_replays_twice_and_uses_no_counted_wait(clock: Clock) -> None:
     """Seven early releases that meet the 404 again: no full wait is used up by them."""
     clock.on_wait = lambda now: now < 1010
     send = Sender(*[None] * 14, "answer")
@@ -222,7 +222,7 @@ def test_an_early_release_costs_nothing_and_is_good_for_two(clock: Clock) -> Non
     assert clock.now == 1000 + 7 * 1.5 + 2
 
 
-def test_no_replay_at_all_where_the_settings_say_so(
+def test_retry_with_max_replays_zero_sends_nothing(
     clock: Clock, settings: Callable[..., None]
 ) -> None:
     settings(max_replays=0)
@@ -233,7 +233,7 @@ def test_no_replay_at_all_where_the_settings_say_so(
 
 
 @pytest.mark.parametrize("state", [JobState.RUNNING, JobState.ON_ITS_WAY, JobState.UNKNOWN])
-def test_connecting_waits_out_its_whole_budget(clock: Clock, state: JobState) -> None:
+def test_connect_with_persistent_404_waits_out_its_budget(clock: Clock, state: JobState) -> None:
     on, send = route(state, warm=False), Sender(None)
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(on, send)))
@@ -256,7 +256,7 @@ def test_calls_at_connect_share_one_budget(clock: Clock) -> None:
     asyncio.run(both())
 
 
-def test_the_budget_comes_back_after_a_quiet_time(clock: Clock) -> None:
+def test_connect_budget_comes_back_after_a_quiet_minute(clock: Clock) -> None:
     on = route(warm=False)
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(on, Sender(None))))
@@ -264,13 +264,13 @@ def test_the_budget_comes_back_after_a_quiet_time(clock: Clock) -> None:
     assert asyncio.run(run(replay(on, Sender(None, "answer")))) == "answer"
 
 
-def test_connecting_to_a_job_that_is_over_fails_at_once(clock: Clock) -> None:
+def test_connect_to_an_ended_job_fails_fast(clock: Clock) -> None:
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(route(JobState.OVER, warm=False), Sender("answer"))))
     assert clock.waits == []
 
 
-def test_forty_callers_do_not_mix_up_their_exceptions_or_counts(
+def test_forty_concurrent_retries_keep_their_own_errors_and_counts(
     clock: Clock, settings: Callable[..., None]
 ) -> None:
     # All forty move the one clock.
@@ -357,7 +357,7 @@ def test_the_warm_up_backs_off_up_to_its_limit_and_times_out(clock: Clock) -> No
     assert on.counters.given_up == 1
 
 
-def test_the_warm_up_has_only_what_connecting_has_left(clock: Clock) -> None:
+def test_warmup_has_only_the_connect_budget_that_is_left(clock: Clock) -> None:
     on = route(warm=False)
     assert asyncio.run(run(replay(on, Sender(None, None, None, "answer")))) == "answer"
     spent = sum(clock.waits)
@@ -375,7 +375,7 @@ def test_any_other_error_ends_the_warm_up_quietly(clock: Clock, script: tuple[An
     assert not on.warm
 
 
-def test_the_warm_up_of_a_job_that_is_over_fails_at_once(clock: Clock) -> None:
+def test_warmup_of_an_ended_job_fails_fast(clock: Clock) -> None:
     on = route(JobState.OVER, warm=False)
     with pytest.raises(RefusedError) as caught:
         warm_up(on, FakeProber(None))
@@ -384,13 +384,15 @@ def test_the_warm_up_of_a_job_that_is_over_fails_at_once(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("state", [JobState.RUNNING, JobState.ON_ITS_WAY, JobState.UNKNOWN])
-def test_the_warm_up_waits_for_everything_else(clock: Clock, state: JobState) -> None:
+def test_warmup_waits_unless_the_job_has_ended(clock: Clock, state: JobState) -> None:
     on = route(state, warm=False)
     warm_up(on, FakeProber(None, None, None, "ok"))
     assert on.warm
 
 
-def test_no_warm_up_where_the_settings_say_so(clock: Clock, settings: Callable[..., None]) -> None:
+def test_warmup_with_zero_successes_sends_nothing(
+    clock: Clock, settings: Callable[..., None]
+) -> None:
     settings(warmup_successes=0)
     on, prober = route(warm=False), FakeProber(None)
     warm_up(on, prober)
@@ -400,7 +402,7 @@ def test_no_warm_up_where_the_settings_say_so(clock: Clock, settings: Callable[.
     assert on.counters.warmups == 0
 
 
-def test_a_failure_of_our_own_does_not_stop_anyone_from_connecting(
+def test_warmup_failure_of_its_own_does_not_stop_the_connect(
     clock: Clock, settings: Callable[..., None], overheard: Any
 ) -> None:
     @asynccontextmanager
@@ -418,7 +420,7 @@ def test_a_failure_of_our_own_does_not_stop_anyone_from_connecting(
 # --- Waiting on a real clock -------------------------------------------------------------
 
 
-def test_all_who_wait_are_released_by_one_answer() -> None:
+def test_one_answer_releases_all_waiters() -> None:
     async def program() -> list[int]:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
         waits = [Waiting(on, no_probe, longest=60) for _ in range(100)]
@@ -434,7 +436,7 @@ def test_all_who_wait_are_released_by_one_answer() -> None:
     assert asyncio.run(program()) == [0] * 100
 
 
-def test_an_answer_from_before_the_wait_counts_and_an_older_one_does_not() -> None:
+def test_answer_since_the_refusal_ends_the_wait_and_an_older_one_does_not() -> None:
     async def program() -> None:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
         on.answered()
@@ -450,7 +452,7 @@ def test_an_answer_from_before_the_wait_counts_and_an_older_one_does_not() -> No
     asyncio.run(program())
 
 
-def test_the_prober_ends_with_the_incident() -> None:
+def test_prober_ends_with_the_incident() -> None:
     async def program() -> None:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
         ended = asyncio.Event()
@@ -468,7 +470,7 @@ def test_the_prober_ends_with_the_incident() -> None:
     asyncio.run(program())
 
 
-def test_the_light_prober_releases_on_any_answer_but_the_gateways_404(
+def test_prober_releases_waiters_on_any_answer_but_a_gateway_404(
     mocker: MockerFixture,
 ) -> None:
     mocker.patch.object(_warmup, "_cadence", return_value=0.01)
@@ -492,11 +494,13 @@ def test_the_light_prober_releases_on_any_answer_but_the_gateways_404(
     assert asyncio.run(program(FakeProber(ConnectionError("refused")))) == 1
 
 
-def test_the_cadence_slows_down() -> None:
+def test_prober_cadence_slows_down_over_time() -> None:
     assert [_warmup._cadence(at) for at in (0, 0.9, 1, 29, 30)] == [0.25, 0.25, 0.5, 0.5, 1.0]
 
 
-def test_settings_change_reaches_the_policy(settings: Callable[..., None], clock: Clock) -> None:
+def test_changed_settings_reach_the_retry_policy(
+    settings: Callable[..., None], clock: Clock
+) -> None:
     settings(base_delay=1, max_delay=2)
     assert _settings.current().base_delay == 1
     with pytest.raises(RefusedError):
