@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tinker_routefix import _log, _settings, _warmup
+from tinker_routefix import _control_plane, _log, _sdk, _settings, _warmup
+from tinker_routefix._connections import Lending
 from tinker_routefix._control_plane import Answer, JobState
 from tinker_routefix._job import Job
 from tinker_routefix._retry import Replay, Waiting
-from tinker_routefix._route import Route
+from tinker_routefix._route import Counters, Route
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -124,7 +126,24 @@ async def run(made: Replay) -> Any:
     return await made.run()
 
 
-def test_waits_double_up_to_the_limit_and_end(clock: Clock) -> None:
+def test_retry_succeeds_immediately_when_no_404(clock: Clock) -> None:
+    """The request is sent once, and that is all: no question, no wait, nothing counted."""
+    on, send, client = route(), Sender("answer"), SimpleNamespace()
+    pool: Any = SimpleNamespace(route=on)
+    setattr(client, _sdk._MARK, Lending(client, pool))
+
+    async def request(*_: object) -> Any:
+        return await send()
+
+    options = SimpleNamespace(url="/api/v1/forward_backward")
+    answer = asyncio.run(_sdk.guard_request(request, client, (object, options), {}))
+    assert (answer, send.sent) == ("answer", 1)
+    assert on.control_plane.questions == 0
+    assert clock.waits == []
+    assert on.counters == Counters()
+
+
+def test_retry_exhausts_when_404_persists(clock: Clock) -> None:
     on, send = route(), Sender(None)
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(on, send)))
@@ -169,7 +188,7 @@ def test_retry_asks_control_plane_before_each_wait_and_after_it_once_warm(
 
 
 @pytest.mark.parametrize("refusals", [0, 1, 2, 3])
-def test_recovers_while_running(clock: Clock, refusals: int) -> None:
+def test_retry_recovers_after_transient_404_when_still_running(clock: Clock, refusals: int) -> None:
     on, send = route(), Sender(*[None] * refusals, "answer")
     assert asyncio.run(run(replay(on, send))) == "answer"
     assert send.sent == refusals + 1
@@ -178,8 +197,8 @@ def test_recovers_while_running(clock: Clock, refusals: int) -> None:
     assert on.counters.given_up == on.counters.failed_fast == 0
 
 
-@pytest.mark.parametrize("state", [JobState.OVER, JobState.ON_ITS_WAY, JobState.UNKNOWN])
-def test_raises_the_original_at_once_when_not_running(clock: Clock, state: JobState) -> None:
+@pytest.mark.parametrize("state", [JobState.OVER, JobState.ON_ITS_WAY])
+def test_retry_fails_fast_when_job_no_longer_running(clock: Clock, state: JobState) -> None:
     on, send, error = route(state), Sender("answer"), RefusedError("original")
     with pytest.raises(RefusedError) as caught:
         asyncio.run(run(replay(on, send, error)))
@@ -188,6 +207,31 @@ def test_raises_the_original_at_once_when_not_running(clock: Clock, state: JobSt
     assert clock.waits == []
     assert on.counters.failed_fast == 1
     assert f"JOB_STATE_{state.name}; 0 replays" in error.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (401, b'{"error": "unauthorized"}', "HTTP 401"),
+        (200, b"<html>RUNNING</html>", "an answer without a job state"),
+        (200, b'{"state": "JOB_STATE_HIBERNATING"}', "JOB_STATE_HIBERNATING"),
+    ],
+    ids=["unauthorized", "unreadable", "new-state"],
+)
+def test_retry_fails_fast_when_control_plane_probe_errors(
+    clock: Clock, mocker: MockerFixture, status: int, body: bytes, said: str
+) -> None:
+    """An answer that refuses the question or cannot be read is no proof that the job runs."""
+    mocker.patch.object(_control_plane.ControlPlane, "_fetch", return_value=(status, body))
+    on, send, error = route(), Sender("answer"), RefusedError("original")
+    on.control_plane = _control_plane.ControlPlane(JOB)
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(run(replay(on, send, error)))
+    assert caught.value is error
+    assert send.sent == 0
+    assert clock.waits == []
+    assert on.counters.failed_fast == 1
+    assert f": {said}; 0 replays" in error.__notes__[0]
 
 
 def test_retry_sends_nothing_when_job_ends_during_the_wait(clock: Clock) -> None:
@@ -202,7 +246,7 @@ def test_retry_sends_nothing_when_job_ends_during_the_wait(clock: Clock) -> None
 @pytest.mark.parametrize(
     "error", [ValueError("no"), ConnectionError("gone"), asyncio.CancelledError(), SystemExit()]
 )
-def test_every_other_error_passes_through(clock: Clock, error: BaseException) -> None:
+def test_retry_propagates_non_404_immediately(clock: Clock, error: BaseException) -> None:
     send = Sender(error)
     with pytest.raises(type(error)) as caught:
         asyncio.run(run(replay(route(), send)))
@@ -328,7 +372,7 @@ def warm_up(on: Route, prober: FakeProber) -> None:
     asyncio.run(_warmup.warm_up(on, open_prober))
 
 
-def test_the_warm_up_returns_after_so_many_successes(clock: Clock) -> None:
+def test_warmup_returns_after_required_consecutive_successes(clock: Clock) -> None:
     on, prober = route(warm=False), FakeProber("ok")
     warm_up(on, prober)
     assert prober.send.sent == 3
@@ -336,7 +380,7 @@ def test_the_warm_up_returns_after_so_many_successes(clock: Clock) -> None:
     assert on.warm
 
 
-def test_a_404_starts_the_count_again(clock: Clock) -> None:
+def test_warmup_recovers_after_transient_404s(clock: Clock) -> None:
     # Three at once at first, and then one after the other, up to the first that fails.
     on, prober = route(warm=False), FakeProber("ok", "ok", None, "ok", None, "ok", "ok", "ok")
     warm_up(on, prober)
@@ -346,7 +390,7 @@ def test_a_404_starts_the_count_again(clock: Clock) -> None:
     assert on.counters.recovered == 1
 
 
-def test_the_warm_up_backs_off_up_to_its_limit_and_times_out(clock: Clock) -> None:
+def test_warmup_raises_on_persistent_404_after_timeout(clock: Clock) -> None:
     on = route(warm=False)
     with pytest.raises(TimeoutError) as caught:
         warm_up(on, FakeProber(None))
@@ -368,7 +412,7 @@ def test_warmup_has_only_the_connect_budget_that_is_left(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("script", [(ValueError("500"),), ("ok", ValueError("500"), "ok")])
-def test_any_other_error_ends_the_warm_up_quietly(clock: Clock, script: tuple[Any, ...]) -> None:
+def test_warmup_skips_on_non_404_error(clock: Clock, script: tuple[Any, ...]) -> None:
     on, prober = route(warm=False), FakeProber(*script)
     warm_up(on, prober)
     assert prober.send.sent == 3

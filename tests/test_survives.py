@@ -207,6 +207,52 @@ def test_submission_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str, 
     exact(lab, gradients=4, optim_steps=4)
 
 
+@pytest.mark.parametrize(
+    ("state", "retries"),
+    [
+        ("JOB_STATE_RUNNING", True),
+        ("JOB_STATE_RE_QUEUEING", False),
+        ("JOB_STATE_PAUSED", False),
+        ("JOB_STATE_UNSPECIFIED", False),
+    ],
+)
+def test_forward_backward_retries_only_when_running(
+    make_lab: MakeLab, state: str, retries: bool
+) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.control_plane.state = state
+    lab.fault(Fault(kinds=["forward_backward"], count=1))
+    future = forward_backward(client)
+    if retries:
+        assert future.result(programs.PATIENCE) is not None
+    else:
+        with pytest.raises(tinker.NotFoundError) as caught:
+            future.result(programs.PATIENCE)
+        assert f"{state}; 0 replays" in programs.notes(caught.value)
+    assert lab.count("forward_backward") == 1 + retries
+    exact(lab, gradients=int(retries), optim_steps=0)
+
+
+def test_forward_backward_does_not_retry_when_job_deleted(make_lab: MakeLab) -> None:
+    """RUNNING when the 404 came, and for a replay or two; then it is deleted."""
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["forward_backward"]))
+    future = forward_backward(client)
+    while lab.count("forward_backward", refused=True) < 2:
+        time.sleep(0.01)
+    lab.end_job()
+    with pytest.raises(tinker.NotFoundError) as caught:
+        future.result(programs.PATIENCE)
+    assert "JOB_STATE_DELETED" in programs.notes(caught.value)
+    assert programs.job_of(lab).failed_fast == 1
+    sent = lab.count("forward_backward")
+    time.sleep(1.5)
+    assert lab.count("forward_backward") == sent, "a request that was given up goes on being sent"
+    exact(lab, gradients=0, optim_steps=0)
+
+
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["first", "middle", "last"])
 def test_404_on_one_part_of_a_batch_is_survived(make_lab: MakeLab, plain: Plain, part: int) -> None:
     """A batch of several submissions, one of which is refused twice."""
