@@ -134,7 +134,7 @@ LOADS = "import sys, tinker; print('tinker_routefix._seams' in sys.modules)"
 # --- What a process pays ------------------------------------------------------------------
 
 
-def test_unset_it_costs_nothing(own: Environment) -> None:
+def test_autoload_unset_imports_nothing(own: Environment) -> None:
     with_it = own.says(LOADED)
     for name in FILES:
         (own.site / name).unlink()
@@ -142,11 +142,11 @@ def test_unset_it_costs_nothing(own: Environment) -> None:
 
 
 @pytest.mark.parametrize("value", ["", " "])
-def test_empty_is_unset(shared: Environment, value: str) -> None:
+def test_autoload_empty_counts_as_unset(shared: Environment, value: str) -> None:
     assert "wrapt" not in shared.says(f"import json\n{LOADED}", **{VARIABLE: value}).split()
 
 
-def test_set_only_who_imports_an_sdk_pays(shared: Environment) -> None:
+def test_autoload_set_imports_the_shim_only_with_an_sdk(shared: Environment) -> None:
     loaded = shared.says(f"import json\n{LOADED}", **{VARIABLE: "1"}).split()
     assert MODULE in loaded
     assert not [name for name in loaded if name.partition(".")[0] in ("tinker_routefix", "wrapt")]
@@ -156,11 +156,11 @@ def test_set_only_who_imports_an_sdk_pays(shared: Environment) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["-I"], ["-W", "error"]])
-def test_it_loads_the_shim(stubbed: Environment, options: list[str]) -> None:
+def test_autoload_set_loads_the_shim(stubbed: Environment, options: list[str]) -> None:
     assert stubbed.says(LOADS, *options, **{VARIABLE: " Yes "}) == "True"
 
 
-def test_beside_the_import_it_changes_nothing(stubbed: Environment) -> None:
+def test_autoload_beside_the_import_changes_nothing(stubbed: Environment) -> None:
     assert stubbed.says(f"import tinker_routefix; {LOADS}", **{VARIABLE: "1"}) == "True"
     assert stubbed.says(f"import tinker_routefix; {LOADS}", **{VARIABLE: "0"}) == "True"
 
@@ -169,12 +169,14 @@ def test_beside_the_import_it_changes_nothing(stubbed: Environment) -> None:
     "environment",
     [{VARIABLE: "0"}, {VARIABLE: "off"}, {VARIABLE: "1", "TINKER_ROUTEFIX": "0"}, {}],
 )
-def test_off_is_off(stubbed: Environment, environment: dict[str, str]) -> None:
+def test_autoload_switched_off_loads_nothing(
+    stubbed: Environment, environment: dict[str, str]
+) -> None:
     assert stubbed.says(LOADS, **environment) == "False"
     assert "wrapt" not in stubbed.says(f"import tinker; {LOADED}", **environment).split()
 
 
-def test_an_sdk_that_is_there_already_is_patched(own: Environment) -> None:
+def test_autoload_patches_an_sdk_imported_before_it(own: Environment) -> None:
     # Started by somebody else's file, before ours.
     (own.site / "b_early.pth").write_text("import tinker\n", encoding="utf-8")
     assert with_stub(own).says(LOADS, **{VARIABLE: "1"}) == "True"
@@ -192,7 +194,7 @@ if __name__ == "__main__":
 """
 
 
-def test_children_have_it_too(stubbed: Environment, tmp_path: Path) -> None:
+def test_autoload_in_a_spawned_child_loads_the_shim(stubbed: Environment, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(SPAWNS, encoding="utf-8")
     code = f"import runpy; runpy.run_path({str(program)!r}, run_name='__main__')"
@@ -209,7 +211,9 @@ print("trained")
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_it_brings_a_program_through_the_race(shared: Environment, lab: Lab, loaded: bool) -> None:
+def test_autoload_in_a_race_lets_the_program_survive(
+    shared: Environment, lab: Lab, loaded: bool
+) -> None:
     lab.fault(Fault(kinds={"create_session"}, count=2))
     environment = {"TINKER_API_KEY": CANARY, "TINKER_TELEMETRY": "0", "URL": lab.base_url}
     ended = shared.run(TRAINS, **environment, **{VARIABLE: str(int(loaded))})
@@ -228,7 +232,7 @@ def test_it_brings_a_program_through_the_race(shared: Environment, lab: Lab, loa
         ({VARIABLE: "1", "TINKER_ROUTEFIX_MAX_REPLAYS": "many"}, "MAX_REPLAYS='many'"),
     ],
 )
-def test_a_bad_value_is_said_in_a_line(
+def test_autoload_with_a_bad_value_prints_one_line_and_goes_on(
     stubbed: Environment, environment: dict[str, str], said: str
 ) -> None:
     ended = stubbed.run("import tinker, json; print('goes on')", **environment)
@@ -240,13 +244,13 @@ def test_a_bad_value_is_said_in_a_line(
     assert stubbed.says("print('nothing to do with it')", **environment)
 
 
-def test_where_there_is_no_stderr_nothing_is_said(stubbed: Environment) -> None:
+def test_autoload_without_stderr_stays_silent(stubbed: Environment) -> None:
     # As on Windows without a console.
     program = "import sys; sys.stderr = None; import tinker; print('goes on')"
     assert stubbed.says(program, **{VARIABLE: "maybe"}) == "goes on"
 
 
-def test_warnings_as_errors_break_nothing(stubbed: Environment) -> None:
+def test_autoload_with_warnings_as_errors_breaks_nothing(stubbed: Environment) -> None:
     environment = {VARIABLE: "1", "TINKER_ROUTEFIX_NO_SUCH_SETTING": "1"}
     ended = stubbed.run("import tinker; print('goes on')", "-W", "error", **environment)
     assert (ended.returncode, ended.stdout) == (0, "goes on\n")
@@ -293,7 +297,7 @@ def with_half_the_module(site: Path) -> None:
         (with_half_the_module, None),
     ],
 )
-def test_a_broken_install_breaks_no_interpreter(
+def test_autoload_of_a_broken_install_breaks_no_interpreter(
     own: Environment, wreck: Callable[[Path], None], lines: int | None
 ) -> None:
     with_stub(own)
@@ -308,14 +312,14 @@ def test_a_broken_install_breaks_no_interpreter(
 # --- The files ----------------------------------------------------------------------------
 
 
-def test_the_wheel_places_the_files() -> None:
+def test_wheel_contains_the_startup_files() -> None:
     files = {file.as_posix() for file in metadata.files("tinker-routefix") or []}
     if "tinker_routefix/__init__.py" not in files:
         pytest.skip("not installed from a wheel: an editable install")
     assert files >= set(FILES)
 
 
-def test_the_files_name_one_thing() -> None:
+def test_startup_files_name_the_same_module() -> None:
     line = startup_file("tinker_routefix.pth").read_text(encoding="utf-8")
     # One line, and the variable is looked at before anything but os is imported.
     assert line.count("\n") == 1
@@ -324,7 +328,7 @@ def test_the_files_name_one_thing() -> None:
     assert entries == [f"{MODULE}:load"]
 
 
-def test_what_newer_pythons_call_does_the_same(own: Environment) -> None:
+def test_start_file_entry_loads_the_shim_like_the_pth_file(own: Environment) -> None:
     # This is how 3.15 resolves and calls what a .start file names; it has no .pth line then.
     entry = (own.site / "tinker_routefix.start").read_text(encoding="utf-8").strip()
     (own.site / "tinker_routefix.pth").unlink()
@@ -338,7 +342,7 @@ def test_what_newer_pythons_call_does_the_same(own: Environment) -> None:
     assert more == {MODULE}
 
 
-def test_the_module_names_what_the_package_names() -> None:
+def test_startup_module_has_the_constants_of_the_package() -> None:
     source = startup_file(f"{MODULE}.py").read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": MODULE}
     exec(source, names)
@@ -355,7 +359,7 @@ print(json.dumps([found.requested, found.file, found.in_force]))
 """
 
 
-def test_status_says_whether_it_is_in_place_and_in_force(own: Environment) -> None:
+def test_status_tells_whether_autoload_is_in_place_and_in_force(own: Environment) -> None:
     file = str(own.site / "tinker_routefix.pth")
     assert json.loads(own.says(STATUS)) == ["unset", file, False]
     assert json.loads(own.says(STATUS, **{VARIABLE: "1"})) == ["on", file, True]
@@ -368,7 +372,7 @@ def test_status_says_whether_it_is_in_place_and_in_force(own: Environment) -> No
     assert json.loads(own.says(STATUS, **{VARIABLE: "1"})) == ["on", None, False]
 
 
-def test_status_looks_where_python_does(
+def test_status_finds_the_startup_file_where_python_looks(
     tmp_path: Path, mocker: MockerFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found() -> str | None:
@@ -392,7 +396,7 @@ def test_status_looks_where_python_does(
         assert found() == str(environment / "tinker_routefix.start")
 
 
-def test_status_knows_that_some_interpreters_read_no_file(
+def test_status_without_site_reports_no_startup_file(
     shared: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As `-S` leaves them: what is imported has to be put on the path by hand.

@@ -107,7 +107,7 @@ def outcome(client: Any) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("transport", ["httpx", "pyqwest"])
-def test_it_gets_through_whatever_the_404_said(
+def test_request_survives_a_404_with_any_body(
     make_lab: MakeLab, settings: Change, transport: str
 ) -> None:
     settings(base_delay=0.05)
@@ -128,7 +128,7 @@ def test_it_gets_through_whatever_the_404_said(
     "name", ["empty", "10-mb", "binary", "nested", "utf-16", "unknown-encoding"]
 )
 @pytest.mark.parametrize("kind", ["config", "create_session", "create_model", "get_info"])
-def test_connecting_waits_whatever_the_404_said(make_lab: MakeLab, name: str, kind: str) -> None:
+def test_connect_survives_a_404_with_any_body(make_lab: MakeLab, name: str, kind: str) -> None:
     lab = make_lab()
     answer = MAYBE_THE_GATEWAYS[name]
     fault = lab.fault(Fault(kinds=[kind], count=1, answer=answer))
@@ -138,7 +138,7 @@ def test_connecting_waits_whatever_the_404_said(make_lab: MakeLab, name: str, ki
         assert programs.job_of(lab).last_intervention is not None
 
 
-def test_a_job_that_is_over_gives_plain_tinkers_error(
+def test_request_to_an_ended_job_raises_tinkers_error_for_any_body(
     make_lab: MakeLab, plain: Plain, settings: Change
 ) -> None:
     def run(lab: Lab) -> list[tuple[object, ...]]:
@@ -161,7 +161,7 @@ def test_a_job_that_is_over_gives_plain_tinkers_error(
 
 @pytest.mark.parametrize("name", ["empty", "10-mb", "nested", "not-utf-8"])
 @pytest.mark.parametrize("kind", ["forward_backward", "poll:forward_backward"])
-def test_training_gets_plain_tinkers_error_with_a_note(
+def test_training_on_an_ended_job_raises_tinkers_error_with_a_note(
     make_lab: MakeLab, plain: Plain, name: str, kind: str
 ) -> None:
     def run(lab: Lab) -> list[BaseException]:
@@ -179,7 +179,7 @@ def test_training_gets_plain_tinkers_error_with_a_note(
     assert "JOB_STATE_DELETED; 0 replays" in programs.notes(errors[0])
 
 
-def test_the_pods_404_is_handed_on_however_it_is_spelt(make_lab: MakeLab, plain: Plain) -> None:
+def test_pod_404_in_any_encoding_is_raised_at_once(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> list[tuple[object, ...]]:
         client = connect(lab.base_url)
         outcomes = []
@@ -196,7 +196,7 @@ def test_the_pods_404_is_handed_on_however_it_is_spelt(make_lab: MakeLab, plain:
     assert lab.control_plane.questions == 0
 
 
-def test_a_404_that_breaks_off_is_tinkers(make_lab: MakeLab, plain: Plain) -> None:
+def test_truncated_404_is_left_to_tinker(make_lab: MakeLab, plain: Plain) -> None:
     """Without a whole answer there is no 404: a lost connection, or what httpx makes of it."""
 
     def run(lab: Lab) -> list[object]:
@@ -238,7 +238,7 @@ CANNOT_TELL = {
 }
 
 
-def test_a_control_plane_that_cannot_tell_is_no_yes(
+def test_request_fails_fast_when_control_plane_answer_is_unusable(
     make_lab: MakeLab,
     plain: Plain,
     settings: Change,
@@ -275,7 +275,7 @@ def test_a_control_plane_that_cannot_tell_is_no_yes(
 
 
 @pytest.mark.parametrize("name", ["nothing", "10-mb", "nested", "a-redirect", "compressed"])
-def test_connecting_waits_whatever_the_control_plane_said(
+def test_connect_waits_when_control_plane_answer_is_unusable(
     make_lab: MakeLab, settings: Change, foreign: Listener, name: str
 ) -> None:
     says = CANNOT_TELL[name].replace(b"{foreign}", foreign.url.encode())

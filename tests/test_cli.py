@@ -96,7 +96,7 @@ def on_a_terminal(command: list[str], **environment: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("command", ["", "status", "check", "run", "demo", "lab"])
-def test_every_command_explains_itself(
+def test_help_of_every_command_prints_its_usage(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/tinker-routefix"])
@@ -144,7 +144,7 @@ JOB = "/training/v1/rlorTrainerJobs/lab/job-1"
         (["lab", "--work", "long"], "--work"),
     ],
 )
-def test_a_wrong_call_is_said_in_a_line(
+def test_wrong_arguments_exit_2_with_one_line(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -164,20 +164,20 @@ def test_a_wrong_call_is_said_in_a_line(
     assert not {"secret", CANARY} & set(re.split(r"[^\w-]", said.err))
 
 
-def test_the_lab_needs_its_extra() -> None:
+def test_lab_without_its_extra_names_it() -> None:
     ended = in_a_program("sys.modules['click'] = None", "lab")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "The lab needs click: pip install 'tinker-routefix[lab]'\n"
 
 
-def test_the_demo_gets_what_was_asked_for(mocker: MockerFixture) -> None:
+def test_demo_gets_the_options_given(mocker: MockerFixture) -> None:
     run = mocker.patch("tinker_routefix.demo.run", return_value=1)
     assert _cli.main(["demo", "--steps", "4", "--seed", "7", "--json"]) == 1
     run.assert_called_once_with(steps=4, seed=7, as_json=True)
 
 
 @pytest.mark.parametrize("module", ["google.protobuf", "google"])
-def test_a_module_within_one_that_is_missing(module: str) -> None:
+def test_lab_without_a_namespace_module_names_its_extra(module: str) -> None:
     ended = in_a_program(f"sys.modules[{module!r}] = None", "lab")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "The lab needs google.protobuf: pip install 'tinker-routefix[lab]'\n"
@@ -191,7 +191,7 @@ def test_a_module_within_one_that_is_missing(module: str) -> None:
         ("SSL_CERT_FILE", "/no/such/secret", "FileNotFoundError"),
     ],
 )
-def test_an_environment_that_allows_no_connection_is_said_in_a_line(
+def test_check_with_a_broken_proxy_or_certificate_variable_prints_one_line(
     variable: str, value: str, error: str
 ) -> None:
     ended = call("check", f"https://gateway.example{JOB}", **{variable: value})
@@ -202,7 +202,7 @@ def test_an_environment_that_allows_no_connection_is_said_in_a_line(
     assert "secret" not in line
 
 
-def test_the_script_is_this_command_line() -> None:
+def test_console_script_is_the_cli_main() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -226,14 +226,16 @@ ENTRIES = {
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("arguments", [[], ["status"], ["run", "-m", "tinker_routefix", "status"]])
 @pytest.mark.parametrize("variable", ["TINKER_ROUTEFIX", "TINKER_ROUTEFIX_MAX_REPLAYS"])
-def test_a_bad_setting_is_said_in_a_line(entry: str, arguments: list[str], variable: str) -> None:
+def test_cli_with_a_bad_setting_prints_one_line(
+    entry: str, arguments: list[str], variable: str
+) -> None:
     ended = finish(start([*ENTRIES[entry], *arguments], {variable: "x"}))
     assert (ended.returncode, ended.stdout) == (2, "")
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"tinker-routefix: {variable}='x' is not accepted: expected ")
 
 
-def test_a_bad_setting_is_an_exception_in_any_other_program(tmp_path: Path) -> None:
+def test_other_program_with_a_bad_setting_gets_the_exception(tmp_path: Path) -> None:
     stub(tmp_path, {"package/__init__.py": "import tinker_routefix", "package/__main__.py": ""})
     stub(tmp_path, {"program.py": "import tinker_routefix"})
     variables = {"PYTHONPATH": str(ROOT), "TINKER_ROUTEFIX_MAX_REPLAYS": "x"}
@@ -246,7 +248,7 @@ def test_a_bad_setting_is_an_exception_in_any_other_program(tmp_path: Path) -> N
         assert "SettingError: TINKER_ROUTEFIX_MAX_REPLAYS='x'" in ended.stderr
 
 
-def test_an_interrupt_is_said_in_a_line(
+def test_interrupt_exits_130_with_one_line(
     mocker: MockerFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mocker.patch("tinker_routefix._cli.status.show", side_effect=KeyboardInterrupt)
@@ -254,7 +256,7 @@ def test_an_interrupt_is_said_in_a_line(
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
-def test_an_interrupt_while_an_sdk_is_imported(tmp_path: Path) -> None:
+def test_interrupt_during_sdk_import_exits_130_with_one_line(tmp_path: Path) -> None:
     slow = "import sys, time; sys.stderr.write('slow\\n'); sys.stderr.flush(); time.sleep(60)"
     path = stub(tmp_path, {"tinker/__init__.py": slow})
     with start([*COMMAND, "status"], {"PYTHONPATH": path}) as process:
@@ -265,7 +267,7 @@ def test_an_interrupt_while_an_sdk_is_imported(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
-def test_an_interrupt_before_the_first_probe(lab: Lab) -> None:
+def test_interrupt_before_the_first_probe_reports_unclear(lab: Lab) -> None:
     lab.control_plane.mode = "hang"
     with start([*COMMAND, "check", lab.base_url], {}) as process:
         while not lab.control_plane.questions:
@@ -281,7 +283,7 @@ def test_an_interrupt_before_the_first_probe(lab: Lab) -> None:
     ("number", "code", "line"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
-def test_the_lab_ends_with_a_line_and_what_it_has_seen(
+def test_lab_on_a_signal_prints_what_it_has_seen(
     number: signal.Signals, code: int, line: str
 ) -> None:
     with start([*COMMAND, "lab"], {"PYTHONUNBUFFERED": "1"}) as process:
@@ -293,7 +295,7 @@ def test_the_lab_ends_with_a_line_and_what_it_has_seen(
     assert "What the trainer did" in ended.stdout
 
 
-def test_a_port_that_is_taken_is_said_in_a_line(lab: Lab) -> None:
+def test_lab_on_a_taken_port_prints_one_line(lab: Lab) -> None:
     ended = call("lab", "--port", lab.origin.rpartition(":")[2])
     assert (ended.returncode, ended.stdout) == (1, "")
     (said,) = ended.stderr.splitlines()
@@ -301,7 +303,7 @@ def test_a_port_that_is_taken_is_said_in_a_line(lab: Lab) -> None:
     assert "in use" in said
 
 
-def test_a_reader_who_has_seen_enough_is_no_reason_for_a_traceback() -> None:
+def test_closed_stdout_causes_no_traceback() -> None:
     with start([*COMMAND, "status"], {"TINKER_ROUTEFIX": "0"}) as process:
         assert process.stdout is not None
         process.stdout.close()
@@ -313,7 +315,7 @@ def test_a_reader_who_has_seen_enough_is_no_reason_for_a_traceback() -> None:
 # --- status -------------------------------------------------------------------------------
 
 
-def test_status_of_a_healthy_installation() -> None:
+def test_status_of_a_healthy_installation_reports_active() -> None:
     ended = call("status", "--json", TINKER_ROUTEFIX_RETRY_BUDGET="60")
     assert (ended.returncode, ended.stderr) == (0, "")
     said = json.loads(ended.stdout)
@@ -339,7 +341,7 @@ def test_status_of_a_healthy_installation() -> None:
     assert said["autoload"].keys() == {"requested", "file", "in_force"}
 
 
-def test_status_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_as_text_shows_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert _cli.main(["status"]) == 0
     out, errors = capsys.readouterr()
     assert (out.isascii(), errors) == (True, "")
@@ -351,14 +353,14 @@ def test_status_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(setting.variable in out for setting in tinker_routefix.status().settings)
 
 
-def test_status_knows_what_the_program_has_configured() -> None:
+def test_status_after_configure_names_it_as_the_source() -> None:
     tinker_routefix.configure(max_replays=9)
     sources = {one.name: one.source for one in tinker_routefix.status().settings}
     assert (sources["max_replays"], sources["strict"]) == ("configure()", "environment")
     assert sources["base_delay"] == "default"
 
 
-def test_status_knows_that_the_environment_has_changed_since(
+def test_status_after_an_environment_change_shows_the_value_in_force(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TINKER_ROUTEFIX_STRICT", "perhaps")
@@ -366,7 +368,7 @@ def test_status_knows_that_the_environment_has_changed_since(
     assert (strict.value, strict.source) == (True, "configure()")
 
 
-def test_status_switched_off() -> None:
+def test_status_switched_off_exits_3() -> None:
     ended = call("status", "--json", TINKER_ROUTEFIX="off")
     assert (ended.returncode, ended.stderr) == (3, "")
     said = json.loads(ended.stdout)
@@ -392,7 +394,7 @@ MISFIT = {
 
 
 @pytest.mark.parametrize("strict", ["0", "1"])
-def test_status_of_a_build_that_does_not_fit(tmp_path: Path, strict: str) -> None:
+def test_status_of_an_incompatible_build_exits_4(tmp_path: Path, strict: str) -> None:
     path = stub(tmp_path, MISFIT)
     ended = call("status", "--json", PYTHONPATH=path, TINKER_ROUTEFIX_STRICT=strict)
     assert ended.returncode == 4
@@ -403,21 +405,21 @@ def test_status_of_a_build_that_does_not_fit(tmp_path: Path, strict: str) -> Non
     assert tinker["detail"] in said["reason"]
 
 
-def test_status_of_an_sdk_that_cannot_be_imported(tmp_path: Path) -> None:
+def test_status_of_an_unimportable_sdk_names_the_missing_module(tmp_path: Path) -> None:
     path = stub(tmp_path, {"tinker/__init__.py": "import a_torch_that_is_not_there"})
     ended = call("status", PYTHONPATH=path)
     assert ended.returncode == 4
     assert "cannot be imported: there is no module a_torch_that_is_not_there" in ended.stdout
 
 
-def test_status_without_any_sdk() -> None:
+def test_status_without_any_sdk_exits_4() -> None:
     hidden = "sys.modules['tinker'] = sys.modules['fireworks'] = None"
     ended = in_a_program(hidden, "status")
     assert ended.returncode == 4
     assert "there is no SDK here that it patches" in ended.stdout.splitlines()[0]
 
 
-def test_status_says_how_the_shim_was_loaded() -> None:
+def test_status_tells_how_the_shim_was_loaded() -> None:
     folder = str(startup_file("_tinker_routefix_autoload.py").parent)
     # What Python does at its start where the file is in place.
     loads = f"sys.path.append({folder!r}); import _tinker_routefix_autoload as it; it.load()"
@@ -461,7 +463,9 @@ def probes(lab: Lab) -> list[Exchange]:
     return [one for one in lab.exchanges if one.kind == "capabilities"]
 
 
-def test_check_of_a_healthy_route(check: Check, make_lab: Callable[..., Lab]) -> None:
+def test_check_of_a_healthy_route_reports_healthy(
+    check: Check, make_lab: Callable[..., Lab]
+) -> None:
     lab = make_lab(replicas=3)
     report = check(lab)
     assert (report["verdict"], report["exit_code"]) == ("healthy", 0)
@@ -475,7 +479,7 @@ def test_check_of_a_healthy_route(check: Check, make_lab: Callable[..., Lab]) ->
         assert one.headers["authorization"] == f"Bearer {CANARY}"
 
 
-def test_check_of_a_race_that_ends(check: Check, lab: Lab) -> None:
+def test_check_of_a_race_that_ends_reports_racing(check: Check, lab: Lab) -> None:
     lab.fault(Fault(kinds=PROBE, count=8))
     report = check(lab)
     assert (report["verdict"], report["exit_code"]) == ("racing", 3)
@@ -485,7 +489,9 @@ def test_check_of_a_race_that_ends(check: Check, lab: Lab) -> None:
     assert report["cure"] is None
 
 
-def test_check_of_one_stale_replica(check: Check, make_lab: Callable[..., Lab]) -> None:
+def test_check_of_one_stale_replica_reports_racing(
+    check: Check, make_lab: Callable[..., Lab]
+) -> None:
     lab = make_lab(replicas=3)
     lab.stale(replica=1)
     report = check(lab, "--seconds", "2")
@@ -494,7 +500,7 @@ def test_check_of_one_stale_replica(check: Check, make_lab: Callable[..., Lab]) 
     assert report["route"] == "mixed: answers, the gateway's 404"
 
 
-def test_check_of_a_job_that_is_gone(check: Check, lab: Lab) -> None:
+def test_check_of_a_deleted_job_reports_gone(check: Check, lab: Lab) -> None:
     lab.end_job()
     report = check(lab)
     assert (report["verdict"], report["exit_code"], report["probes"]) == ("gone", 4, 1)
@@ -502,7 +508,7 @@ def test_check_of_a_job_that_is_gone(check: Check, lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("who", ["gateway", "control plane", "control plane, not visible"])
-def test_check_with_a_wrong_key(check: Check, lab: Lab, who: str) -> None:
+def test_check_with_a_wrong_key_reports_wrong_key(check: Check, lab: Lab, who: str) -> None:
     if who == "gateway":
         lab.fault(Fault(kinds=PROBE, answer=Answer(401, {"error": "unauthorized"})))
     else:
@@ -513,7 +519,7 @@ def test_check_with_a_wrong_key(check: Check, lab: Lab, who: str) -> None:
     assert who.partition(",")[0] in report["said"]
 
 
-def test_check_of_nobody(check: Check, lab: Lab) -> None:
+def test_check_of_a_stopped_gateway_reports_unreachable(check: Check, lab: Lab) -> None:
     lab.stop()
     report = check(lab)
     assert (report["verdict"], report["exit_code"], report["failed"]) == ("unreachable", 6, 3)
@@ -528,7 +534,7 @@ def test_check_of_nobody(check: Check, lab: Lab) -> None:
         (lambda lab: setattr(lab.control_plane, "mode", "rubbish"), "cannot tell"),
     ],
 )
-def test_check_that_cannot_tell(
+def test_check_of_a_job_not_known_to_run_reports_unclear(
     check: Check,
     lab: Lab,
     settings: Callable[..., None],
@@ -543,7 +549,9 @@ def test_check_that_cannot_tell(
     assert reason in report["said"]
 
 
-def test_check_follows_no_redirect(check: Check, lab: Lab, make_lab: Callable[..., Lab]) -> None:
+def test_check_does_not_follow_a_redirect(
+    check: Check, lab: Lab, make_lab: Callable[..., Lab]
+) -> None:
     elsewhere = make_lab()
     away = Answer(302, headers={"Location": f"{elsewhere.base_url}/api/v1/healthz"})
     lab.fault(Fault(kinds=PROBE, answer=away))
@@ -552,9 +560,7 @@ def test_check_follows_no_redirect(check: Check, lab: Lab, make_lab: Callable[..
     assert elsewhere.exchanges == []
 
 
-def test_check_takes_the_pods_own_404_for_an_answer(
-    check: Check, make_lab: Callable[..., Lab]
-) -> None:
+def test_check_counts_a_pod_404_as_an_answer(check: Check, make_lab: Callable[..., Lab]) -> None:
     assert check(make_lab(without={"capabilities"}))["verdict"] == "healthy"
     # Also one that comes in pieces.
     lab = make_lab()
@@ -570,7 +576,7 @@ def test_check_takes_the_pods_own_404_for_an_answer(
         (Answer(404, {"error": {"code": "ROUTE_STALE"}}), "distinct code", "ROUTE_STALE"),
     ],
 )
-def test_check_recognises_a_cure(
+def test_check_recognises_a_fixed_gateway(
     check: Check, lab: Lab, answer: Answer, cure: str, shown: str
 ) -> None:
     lab.fault(Fault(kinds=PROBE, count=5, answer=answer))
@@ -579,7 +585,7 @@ def test_check_recognises_a_cure(
     assert shown in report["cure_says"]
 
 
-def test_check_recognises_a_gateway_that_knows_what_is_gone(check: Check, lab: Lab) -> None:
+def test_check_of_a_gone_job_recognises_a_distinct_code(check: Check, lab: Lab) -> None:
     # The stale route keeps the answer that it has today; the job that is over has got one.
     lab.control_plane.state = "JOB_STATE_DELETED"
     lab.fault(Fault(kinds=PROBE, answer=Answer(410, {"error": {"code": "JOB_GONE"}})))
@@ -589,7 +595,7 @@ def test_check_recognises_a_gateway_that_knows_what_is_gone(check: Check, lab: L
 
 
 @pytest.mark.parametrize("cut_off", ["long", "slow", "dropped"])
-def test_check_of_a_gateway_that_gives_no_proper_answer(
+def test_check_of_a_gateway_without_a_proper_answer_is_not_healthy(
     check: Check, lab: Lab, monkeypatch: pytest.MonkeyPatch, cut_off: str
 ) -> None:
     if cut_off == "long":
@@ -608,7 +614,7 @@ def test_check_of_a_gateway_that_gives_no_proper_answer(
 
 
 @pytest.mark.parametrize("cured", [True, False])
-def test_watching_a_new_job(check: Check, lab: Lab, cured: bool) -> None:
+def test_check_watching_a_new_job_reports_each_change(check: Check, lab: Lab, cured: bool) -> None:
     lab.control_plane.state = "JOB_STATE_CREATING"
     starting = lab.fault(Fault(kinds=PROBE, count=10 if cured else 30))
 
@@ -635,7 +641,7 @@ def test_watching_a_new_job(check: Check, lab: Lab, cured: bool) -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_ctrl_c_ends_the_watch_with_what_was_seen(lab: Lab, as_json: bool) -> None:
+def test_check_watch_interrupted_reports_what_was_seen(lab: Lab, as_json: bool) -> None:
     flags = ["--watch", *(["--json"] if as_json else [])]
     with start([*COMMAND, "check", lab.base_url, *flags], {}) as process:
         assert process.stdout is not None
@@ -654,7 +660,7 @@ def test_ctrl_c_ends_the_watch_with_what_was_seen(lab: Lab, as_json: bool) -> No
         assert ended.stdout.splitlines()[-1].startswith("healthy: ")
 
 
-def test_what_an_answer_means() -> None:
+def test_read_probe_classifies_each_answer() -> None:
     assert read_probe(200, b"{}").seen is Seen.ANSWERED
     assert read_probe(404, b'{"detail": "Not Found"}').seen is Seen.ANSWERED
     assert read_probe(404, b"<html>").seen is Seen.REFUSED
@@ -675,7 +681,7 @@ def test_what_an_answer_means() -> None:
 # --- Terminals ----------------------------------------------------------------------------
 
 
-def test_on_a_terminal_it_is_rich(lab: Lab) -> None:
+def test_check_on_a_terminal_uses_rich(lab: Lab) -> None:
     lab.fault(Fault(kinds=PROBE, count=5))
     code, shown = on_a_terminal([*COMMAND, "check", lab.base_url, "--rate", "20"])
     assert code == 3
@@ -685,7 +691,7 @@ def test_on_a_terminal_it_is_rich(lab: Lab) -> None:
     assert CANARY not in shown
 
 
-def test_a_terminal_without_rich_will_do(lab: Lab) -> None:
+def test_check_on_a_terminal_without_rich_prints_plain_text(lab: Lab) -> None:
     hidden = "import sys; sys.modules['rich'] = None; from tinker_routefix._cli import main"
     program = [sys.executable, "-c", f"{hidden}; sys.exit(main())"]
     code, shown = on_a_terminal([*program, "check", lab.base_url, "--rate", "20"])
@@ -696,7 +702,7 @@ def test_a_terminal_without_rich_will_do(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("on_a_tty", [True, False])
-def test_what_is_said_is_the_same_everywhere(
+def test_plain_and_rich_screens_show_the_same_text(
     capsys: pytest.CaptureFixture[str], mocker: MockerFixture, on_a_tty: bool
 ) -> None:
     from rich.console import Console
@@ -796,7 +802,7 @@ def same(plain: Any, ran: Any) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_run_changes_nothing_in_a_program(tmp_path: Path, name: str) -> None:
+def test_run_of_a_program_behaves_like_python(tmp_path: Path, name: str) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "program.py").write_text(PROGRAMS[name], encoding="utf-8")
     plain, ran = both(["here/program.py", "-m", "--", "--help", "-x"], tmp_path)
@@ -806,14 +812,16 @@ def test_run_changes_nothing_in_a_program(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["-m", "package", "-h"], ["-m", "package.module"]])
 @pytest.mark.parametrize("ends", ["", "1 / 0"])
-def test_run_changes_nothing_in_a_module(tmp_path: Path, arguments: list[str], ends: str) -> None:
+def test_run_of_a_module_behaves_like_python(
+    tmp_path: Path, arguments: list[str], ends: str
+) -> None:
     for name in ("__init__", "__main__", "module"):
         text = "" if name == "__init__" else f"{LOOKS_AROUND}\n{ends}"
         stub(tmp_path / "package", {f"{name}.py": text})
     same(*both(arguments, tmp_path))
 
 
-def test_run_changes_nothing_in_a_directory_or_a_zip_file(tmp_path: Path) -> None:
+def test_run_of_a_directory_or_zip_file_behaves_like_python(tmp_path: Path) -> None:
     stub(tmp_path / "folder", {"__main__.py": LOOKS_AROUND})
     with zipfile.ZipFile(tmp_path / "file.zip", "w") as file:
         file.writestr("__main__.py", LOOKS_AROUND)
@@ -822,14 +830,14 @@ def test_run_changes_nothing_in_a_directory_or_a_zip_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("arguments", [["-m", "no_such_module"], ["no_such.py"], ["."]])
-def test_run_of_nothing_is_said_as_python_says_it(tmp_path: Path, arguments: list[str]) -> None:
+def test_run_of_a_missing_program_fails_like_python(tmp_path: Path, arguments: list[str]) -> None:
     plain, ran = both(arguments, tmp_path)
     same(plain, ran)
     assert ran.returncode in (1, 2)
     assert len(ran.stderr.splitlines()) == 1
 
 
-def test_run_puts_no_more_on_the_path_than_python_where_it_was_told_not_to(tmp_path: Path) -> None:
+def test_run_with_safe_path_leaves_sys_path_like_python(tmp_path: Path) -> None:
     stub(tmp_path, {"program.py": LOOKS_AROUND, "folder/__main__.py": LOOKS_AROUND})
     for program in ("program.py", "folder"):
         same(*both([program], tmp_path, PYTHONSAFEPATH="1"))
@@ -850,7 +858,7 @@ print(bool(shim and shim.is_active()), os.environ.get("TINKER_ROUTEFIX_AUTOLOAD"
         ({"TINKER_ROUTEFIX": "0"}, "False None"),
     ],
 )
-def test_run_has_the_shim_on_unless_it_is_switched_off(
+def test_run_activates_the_shim_unless_switched_off(
     tmp_path: Path, environment: dict[str, str], state: str
 ) -> None:
     (tmp_path / "program.py").write_text(STATE, encoding="utf-8")
@@ -867,7 +875,7 @@ print("trained")
 """
 
 
-def test_run_brings_a_program_through_the_race(
+def test_run_in_a_race_lets_the_program_survive(
     make_lab: Callable[..., Lab], tmp_path: Path
 ) -> None:
     (tmp_path / "trains.py").write_text(TRAINS, encoding="utf-8")
@@ -883,7 +891,7 @@ def test_run_brings_a_program_through_the_race(
     assert (ran.returncode, ran.stdout) == (0, "trained\n")
 
 
-def test_settings_know_the_variable_of_the_zero_line_way() -> None:
+def test_settings_accept_the_autoload_variable_without_a_warning() -> None:
     import warnings
 
     with warnings.catch_warnings():

@@ -150,7 +150,7 @@ def still_there():
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("other", OTHERS)
-def test_both_work(other: str, order: str) -> None:
+def test_shim_and_other_patching_package_both_work(other: str, order: str) -> None:
     if importlib.util.find_spec(other.partition(".")[0]) is None or (
         "." in other and importlib.util.find_spec(other.rpartition(".")[0]) is None
     ):

@@ -62,7 +62,7 @@ def ask(asked: Lab | Listener, times: int = 1) -> list[Answer]:
         ("slow_drip", JobState.UNKNOWN, "no answer within 2 s"),
     ],
 )
-def test_every_kind_of_answer(
+def test_answer_of_each_kind_gives_its_job_state(
     lab: Lab, settings: Callable[..., None], mode: Any, state: JobState, said: str
 ) -> None:
     if "no answer within" in said:
@@ -75,7 +75,7 @@ def test_every_kind_of_answer(
     assert lab.control_plane.questions <= 1
 
 
-def test_a_host_that_is_not_there(lab: Lab, settings: Callable[..., None]) -> None:
+def test_unreachable_control_plane_gives_unknown(lab: Lab, settings: Callable[..., None]) -> None:
     settings(control_plane_url="http://127.0.0.1:9")
     (answer,) = ask(lab)
     assert answer.state is JobState.UNKNOWN
@@ -83,7 +83,7 @@ def test_a_host_that_is_not_there(lab: Lab, settings: Callable[..., None]) -> No
 
 
 @pytest.mark.parametrize("size", [70_000, 20_000_000])
-def test_an_answer_without_end_is_not_read(lab: Lab, size: int) -> None:
+def test_oversized_answer_gives_unknown(lab: Lab, size: int) -> None:
     body = b'{"state": "JOB_STATE_RUNNING", "x": "' + b"x" * size + b'"}'
     lab.fault(Fault(kinds=["control_plane"], at="control_plane", answer=HttpAnswer(200, body)))
     (answer,) = ask(lab)
@@ -173,7 +173,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("says", "said"), ANSWERS.values(), ids=ANSWERS)
-def test_a_strange_answer_is_no_yes(says: bytes, said: str) -> None:
+def test_malformed_answer_gives_unknown(says: bytes, said: str) -> None:
     with Listener(says) as listener:
         (answer,) = ask(listener)
         assert len(listener.heard) == 1, "asked once, and nobody else"
@@ -198,7 +198,7 @@ def test_a_strange_answer_is_no_yes(says: bytes, said: str) -> None:
     ],
     ids=range(12),
 )
-def test_an_unusual_yes_is_one(says: bytes) -> None:
+def test_unusual_but_valid_answer_gives_running(says: bytes) -> None:
     with Listener(says) as listener:
         (answer,) = ask(listener)
     assert (answer.state, len(listener.heard)) == (JobState.RUNNING, 1)
@@ -241,7 +241,9 @@ CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         *("continue", "flood-of-hints", "tls-silence", "tls-handshake"),
     ],
 )
-def test_who_takes_for_ever_is_not_waited_for(settings: Callable[..., None], says: Speak) -> None:
+def test_endless_answer_times_out_without_blocking_the_loop(
+    settings: Callable[..., None], says: Speak
+) -> None:
     """Each piece is in time, the whole never comes; and the loop goes on meanwhile."""
     settings(control_plane_timeout=0.5)
 
@@ -271,7 +273,7 @@ def test_who_takes_for_ever_is_not_waited_for(settings: Callable[..., None], say
     ],
     ids=["length", "chunks", "bomb"],
 )
-def test_a_huge_answer_takes_no_memory(says: bytes) -> None:
+def test_huge_answer_takes_little_memory(says: bytes) -> None:
     async def pour(writer: asyncio.StreamWriter) -> None:
         # The server is measured too: it holds no copy.
         for at in range(0, len(says), 65_536):
@@ -292,7 +294,7 @@ def test_a_huge_answer_takes_no_memory(says: bytes) -> None:
 # --- Who is told what --------------------------------------------------------------------
 
 
-def test_only_the_credentials_are_sent(lab: Lab) -> None:
+def test_question_carries_only_the_credentials(lab: Lab) -> None:
     ask(lab)
     (question,) = [e for e in lab.exchanges if e.kind == "control_plane"]
     assert question.headers["x-api-key"] == programs.CANARY
@@ -301,7 +303,7 @@ def test_only_the_credentials_are_sent(lab: Lab) -> None:
     assert "cookie" not in question.headers
 
 
-def test_a_proxy_of_the_environment_is_not_told(
+def test_question_bypasses_environment_proxies(
     lab: Lab, make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = make_lab()
@@ -313,7 +315,7 @@ def test_a_proxy_of_the_environment_is_not_told(
     assert not proxy.exchanges
 
 
-def test_a_configured_control_plane_is_asked_instead(
+def test_configured_control_plane_is_asked_instead_of_the_gateway(
     lab: Lab, make_lab: Callable[..., Lab], settings: Callable[..., None]
 ) -> None:
     other = make_lab()
@@ -324,13 +326,13 @@ def test_a_configured_control_plane_is_asked_instead(
     assert other.control_plane.questions == 1
 
 
-def test_one_question_serves_all_who_ask_at_once(lab: Lab) -> None:
+def test_concurrent_callers_share_one_question(lab: Lab) -> None:
     answers = ask(lab, times=400)
     assert len(set(map(id, answers))) == 1
     assert lab.control_plane.questions == 1
 
 
-def test_an_answer_stays_good_for_a_second(lab: Lab, mocker: Any) -> None:
+def test_answer_is_reused_for_a_second(lab: Lab, mocker: Any) -> None:
     job = Job.from_url(lab.base_url)
     assert job is not None
 
@@ -347,7 +349,7 @@ def test_an_answer_stays_good_for_a_second(lab: Lab, mocker: Any) -> None:
     assert asyncio.run(questions()) == (1, 2)
 
 
-def test_who_is_cancelled_does_not_take_the_answer_from_the_others(lab: Lab) -> None:
+def test_cancelled_caller_leaves_the_answer_to_the_others(lab: Lab) -> None:
     lab.control_plane.delay = 0.5
     job = Job.from_url(lab.base_url)
     assert job is not None
@@ -366,7 +368,7 @@ def test_who_is_cancelled_does_not_take_the_answer_from_the_others(lab: Lab) -> 
     assert lab.control_plane.questions == 1
 
 
-def test_the_loop_goes_on_while_a_tls_context_is_built(mocker: Any) -> None:
+def test_building_a_tls_context_does_not_block_the_loop(mocker: Any) -> None:
     """Even where building one takes a second, the loop ticks."""
     mocker.patch.object(_control_plane, "_tls", None)
     mocker.patch("httpx.create_ssl_context", side_effect=lambda **_: time.sleep(1))
@@ -382,7 +384,7 @@ def test_the_loop_goes_on_while_a_tls_context_is_built(mocker: Any) -> None:
     assert asyncio.run(program()) >= 10
 
 
-def test_an_answer_that_came_while_the_loop_stood_still_counts(
+def test_answer_received_while_the_loop_is_blocked_counts(
     lab: Lab, settings: Callable[..., None]
 ) -> None:
     """tinker makes the body of a large batch on the loop: for longer than the answer may take."""
@@ -407,7 +409,7 @@ def test_an_answer_that_came_while_the_loop_stood_still_counts(
         (2, 1, JobState.UNKNOWN, 1),
     ],
 )
-def test_a_question_without_an_answer_is_put_once_more(
+def test_unanswered_question_is_asked_once_more(
     lab: Lab,
     settings: Callable[..., None],
     timeout: float,
@@ -427,7 +429,7 @@ def test_a_question_without_an_answer_is_put_once_more(
 
 
 @pytest.mark.parametrize("fails", [True, False], ids=["fails", "cancelled"])
-def test_nobody_is_told_what_became_of_the_other_question(
+def test_abandoned_question_reports_no_loop_error(
     mocker: Any, settings: Callable[..., None], fails: bool
 ) -> None:
     settings(control_plane_timeout=5)
@@ -463,6 +465,6 @@ def test_nobody_is_told_what_became_of_the_other_question(
     assert not told
 
 
-def test_an_address_shows_no_header() -> None:
+def test_address_repr_hides_headers() -> None:
     address = Address("https://control.example", {"authorization": CANARY}, verify=True)
     assert repr(address) == "Address(root='https://control.example', verify=True)"

@@ -19,7 +19,7 @@ DEMO = [sys.executable, "-m", "tinker_routefix", "demo"]
 
 
 @pytest.mark.long
-def test_the_race_ends_as_the_tables_claim() -> None:
+def test_demo_outcomes_match_its_tables() -> None:
     # One test: with several workers, each would run a demo of its own for its share of them.
     demo = subprocess.run([*DEMO, "--json"], capture_output=True, text=True, timeout=180)
     assert (demo.returncode, demo.stderr) == (0, "")
@@ -52,7 +52,7 @@ def test_the_race_ends_as_the_tables_claim() -> None:
         assert len(run["again_at"]) == run["gradients"] + run["updates"] - 12
 
 
-def test_what_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hung_contender_is_ended_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race, "CHILD_SECONDS", 0.1)
     with race.start(race.ACTS[0], steps=6, seed=0) as runs:
         report.Json().follow(race.ACTS[0], runs)
@@ -61,7 +61,7 @@ def test_what_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[-1].flaws() == ["it hung (hung: ) after 0 of 6 steps"]
 
 
-def test_ctrl_c_ends_it_without_a_traceback() -> None:
+def test_interrupted_demo_ends_without_a_traceback() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     with subprocess.Popen(
         DEMO,
@@ -126,13 +126,15 @@ def result(**about: Any) -> race.Result:
         ),
     ],
 )
-def test_what_is_not_exact_is_said(about: dict[str, Any], flaw: str) -> None:
+def test_inexact_result_is_reported_as_a_flaw(about: dict[str, Any], flaw: str) -> None:
     assert result().flaws() == []
     assert result(**about).flaws() == [flaw]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_the_table_fits_any_terminal(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_demo_table_fits_80_columns_in_any_encoding(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
@@ -154,7 +156,7 @@ def test_the_table_fits_any_terminal(monkeypatch: pytest.MonkeyPatch, encoding: 
 
 
 @pytest.mark.parametrize("module", ["tinker", "aiohttp", "google", "rich"])
-def test_a_missing_extra_is_named(module: str) -> None:
+def test_demo_without_its_extra_names_it(module: str) -> None:
     program = f"""
 import sys
 sys.modules[{module!r}] = None
@@ -173,7 +175,7 @@ sys.exit(code)
 
 
 @pytest.mark.parametrize("steps", ["3", "101", "many"])
-def test_steps_have_bounds(steps: str) -> None:
+def test_demo_steps_out_of_bounds_exit_2(steps: str) -> None:
     ended = subprocess.run([*DEMO, "--steps", steps], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert "--steps" in ended.stderr

@@ -487,7 +487,7 @@ CHECKS: dict[str, Check] = {
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_what_is_said_is_so(check: str) -> None:
+def test_docs_pass_each_check(check: str) -> None:
     assert CHECKS[check](PAGES) == []
 
 
@@ -554,12 +554,12 @@ TAMPERED = [
 
 
 @pytest.mark.parametrize(("check", "page", "old", "new"), TAMPERED)
-def test_what_is_not_so_is_noticed(check: str, page: str, old: str, new: str) -> None:
+def test_check_of_tampered_docs_notices_it(check: str, page: str, old: str, new: str) -> None:
     assert old in PAGES[page], "the text has changed: tamper with something else"
     assert CHECKS[check]({**PAGES, page: PAGES[page].replace(old, new)})
 
 
-def test_every_check_is_tampered_with() -> None:
+def test_every_check_has_a_tampered_page() -> None:
     assert {check for check, *_ in TAMPERED} == CHECKS.keys()
 
 
@@ -573,7 +573,7 @@ def programs() -> list[Any]:
 
 
 @pytest.mark.parametrize("program", programs(), ids=str)
-def test_programs_run_as_they_stand(
+def test_program_in_docs_runs_as_printed(
     program: Any, lab: Lab, eval_example: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each by itself; `url` is the base URL of a job that is well."""
@@ -583,11 +583,11 @@ def test_programs_run_as_they_stand(
     assert CANARY not in capsys.readouterr().out
 
 
-def test_a_program_that_fails_is_noticed(eval_example: Any) -> None:
+def test_failing_program_in_docs_is_noticed(eval_example: Any) -> None:
     wrong = "import tinker_routefix\n\ntinker_routefix.configure(patience=3)\n"
     with pytest.raises(TypeError, match="patience"):
         eval_example.run(examples.CodeExample.create(wrong))
 
 
-def test_there_are_programs() -> None:
+def test_docs_contain_programs() -> None:
     assert len(programs()) >= 10

@@ -30,7 +30,7 @@ def kinds(told: list[events.Event]) -> list[type[events.Event]]:
     return [type(event) for event in told]
 
 
-def test_a_healthy_run_has_a_warm_up_and_nothing_else(
+def test_healthy_run_emits_only_warm_up_events(
     make_lab: MakeLab, told: list[events.Event], overheard: Any
 ) -> None:
     train(connect(make_lab().base_url))
@@ -41,7 +41,7 @@ def test_a_healthy_run_has_a_warm_up_and_nothing_else(
     assert overheard.events.count("warmup.ended") == 1
 
 
-def test_a_race_is_told_from_its_first_404_to_its_end(
+def test_race_emits_events_from_first_404_to_recovery(
     make_lab: MakeLab, told: list[events.Event], overheard: Any, settings: Callable[..., None]
 ) -> None:
     settings(base_delay=0.2)
@@ -79,7 +79,7 @@ def test_a_race_is_told_from_its_first_404_to_its_end(
         assert event.name in overheard.events or event.level == 10, event
 
 
-def test_a_job_that_is_gone_is_told(make_lab: MakeLab, told: list[events.Event]) -> None:
+def test_gone_job_emits_failed_fast(make_lab: MakeLab, told: list[events.Event]) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
     del told[:]
@@ -93,7 +93,7 @@ def test_a_job_that_is_gone_is_told(make_lab: MakeLab, told: list[events.Event])
     assert str(failed) in programs.notes(crash.value)
 
 
-def test_a_subscriber_that_fails_disturbs_nobody(
+def test_failing_subscriber_disturbs_neither_run_nor_others(
     make_lab: MakeLab, told: list[events.Event], overheard: Any
 ) -> None:
     def fail(_: events.Event) -> None:
@@ -113,7 +113,7 @@ def test_a_subscriber_that_fails_disturbs_nobody(
     assert "shim.failed" in overheard.events
 
 
-def test_a_subscription_ends_once_and_leaves_others_alone() -> None:
+def test_unsubscribing_twice_leaves_other_subscriptions_alone() -> None:
     seen: list[events.Event] = []
     first = tinker_routefix.subscribe(seen.append)
     second = tinker_routefix.subscribe(seen.append)
@@ -129,12 +129,12 @@ def test_a_subscription_ends_once_and_leaves_others_alone() -> None:
     assert seen == [event] * 3
 
 
-def test_what_cannot_be_called_is_refused() -> None:
+def test_subscribe_with_a_non_callable_raises_type_error() -> None:
     with pytest.raises(TypeError, match="callback='print' is not accepted"):
         tinker_routefix.subscribe("print")  # type: ignore[arg-type]
 
 
-def test_events_cannot_be_changed() -> None:
+def test_event_attributes_are_read_only() -> None:
     event = events.Recovered(job="acct/job", request="optim_step", replays=1, seconds=2.0)
     with pytest.raises(AttributeError):
         event.seconds = 3.0  # type: ignore[misc]

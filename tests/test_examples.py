@@ -78,7 +78,7 @@ def race(make_lab: MakeLab, settings: Callable[..., None]) -> Callable[..., Race
     return run
 
 
-def test_prometheus(race: Callable[..., Raced]) -> None:
+def test_prometheus_recipe_exports_what_the_counters_say(race: Callable[..., Raced]) -> None:
     prometheus = pytest.importorskip("prometheus_client")
     from examples import prometheus_metrics
 
@@ -104,7 +104,9 @@ def test_prometheus(race: Callable[..., Raced]) -> None:
     assert began < last <= time.time()
 
 
-def test_opentelemetry(race: Callable[..., Raced], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opentelemetry_recipe_exports_spans_and_metrics(
+    race: Callable[..., Raced], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("opentelemetry.sdk")
     from opentelemetry import metrics, trace
     from opentelemetry.sdk.metrics import MeterProvider
@@ -156,7 +158,7 @@ def test_opentelemetry(race: Callable[..., Raced], monkeypatch: pytest.MonkeyPat
     assert counts == {"route.recovered": job.recovered, "route.failed_fast": job.failed_fast}
 
 
-def test_opentelemetry_outside_of_any_span(
+def test_opentelemetry_recipe_outside_any_span_exports_the_wait_alone(
     race: Callable[..., Raced], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("opentelemetry.sdk")
@@ -195,7 +197,9 @@ def rendered() -> Iterator[io.StringIO]:
     root.removeHandler(handler)
 
 
-def test_structlog(race: Callable[..., Raced], rendered: io.StringIO) -> None:
+def test_structlog_recipe_renders_events_with_their_fields(
+    race: Callable[..., Raced], rendered: io.StringIO
+) -> None:
     logging.getLogger("somebody.else").warning("another line", extra={"fields": 1})
     raced = race()
     records = [json.loads(line) for line in rendered.getvalue().splitlines()]
@@ -226,7 +230,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_it_shows_itself(example: Path) -> None:
+def test_example_run_as_a_program_shows_the_race(example: Path) -> None:
     pytest.importorskip(NEEDS[example.stem])
     ended = subprocess.run(
         [sys.executable, str(example)],
@@ -244,7 +248,7 @@ def test_it_shows_itself(example: Path) -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_the_documentation_shows_the_very_file(example: Path) -> None:
+def test_docs_include_the_example_file(example: Path) -> None:
     page = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
     assert f'--8<-- "examples/{example.name}"' in page
 
@@ -261,7 +265,7 @@ SAY = {
 }
 
 
-def test_the_images_are_those_that_are_shown() -> None:
+def test_images_are_exactly_those_shown_in_docs() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     shown = {
         Path(found).name
@@ -274,7 +278,7 @@ def test_the_images_are_those_that_are_shown() -> None:
 
 
 @pytest.mark.parametrize("name", SAY)
-def test_an_image_shows_what_it_should_and_nothing_of_where_it_was_made(name: str) -> None:
+def test_image_shows_the_expected_text_and_no_local_path(name: str) -> None:
     source = (IMAGES / name).read_text(encoding="utf-8")
     words = [element.text or "" for element in ElementTree.fromstring(source).iter()]
     text = re.sub(r"\s+", " ", "".join(words))

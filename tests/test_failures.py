@@ -37,7 +37,7 @@ def _every_failure_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_log, "_own_failures", _log.RateLimit(seconds=0))
 
 
-def test_a_client_that_cannot_be_looked_at_is_lent_all_the_same(
+def test_uninspectable_client_is_lent_all_the_same(
     lab: Lab, settings: Change, monkeypatch: pytest.MonkeyPatch, overheard: Overheard
 ) -> None:
     settings(strict=False)
@@ -48,7 +48,7 @@ def test_a_client_that_cannot_be_looked_at_is_lent_all_the_same(
     assert "looking at a client" in "".join(overheard.lines)
 
 
-def test_strict_says_so_and_the_client_is_given_back(
+def test_uninspectable_client_with_strict_raises_and_is_given_back(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = connect(lab.base_url)
@@ -62,7 +62,7 @@ def test_strict_says_so_and_the_client_is_given_back(
     exact(lab, gradients=1, optim_steps=1)
 
 
-def test_a_replay_that_cannot_be_prepared_leaves_tinkers_own_404(
+def test_failed_replay_preparation_raises_tinkers_404(
     lab: Lab, settings: Change, monkeypatch: pytest.MonkeyPatch, overheard: Overheard
 ) -> None:
     client = connect(lab.base_url)
@@ -75,7 +75,7 @@ def test_a_replay_that_cannot_be_prepared_leaves_tinkers_own_404(
     assert "shim.failed" in overheard.events
 
 
-def test_without_a_fresh_connection_the_old_one_is_used(
+def test_replay_without_a_fresh_connection_uses_the_old_one(
     lab: Lab, settings: Change, monkeypatch: pytest.MonkeyPatch, overheard: Overheard
 ) -> None:
     client = connect(lab.base_url)
@@ -89,7 +89,7 @@ def test_without_a_fresh_connection_the_old_one_is_used(
     assert len(sent) >= 3
 
 
-def test_a_retired_connection_that_cannot_be_closed_harms_nobody(
+def test_failed_close_of_a_retired_connection_is_harmless(
     lab: Lab, settings: Change, monkeypatch: pytest.MonkeyPatch, overheard: Overheard
 ) -> None:
     async def unclosable(*_: object) -> None:
@@ -105,7 +105,7 @@ def test_a_retired_connection_that_cannot_be_closed_harms_nobody(
     assert not _connections._closing
 
 
-def test_a_job_manager_that_cannot_be_understood_is_made_all_the_same(
+def test_unreadable_job_manager_is_made_all_the_same(
     settings: Change, overheard: Overheard
 ) -> None:
     class Manager:
@@ -137,7 +137,7 @@ JOB = Job("https://gateway.example", "acct", "job")
 URL = f"{JOB.gateway}/training/v1/rlorTrainerJobs/acct/job/api/v1/optim_step"
 
 
-def test_an_answer_that_says_too_little_is_nobodys_404() -> None:
+def test_incomplete_response_is_not_a_gateway_404() -> None:
     request = httpx.Request("POST", URL)
     whole = httpx.Response(404, content=GATEWAY_404.content, request=request)
     assert _sdk._is_refused(AnsweredError(whole), JOB)
@@ -150,7 +150,7 @@ def test_an_answer_that_says_too_little_is_nobodys_404() -> None:
     assert _sdk._cure_in(AnsweredError(unread)) is None
 
 
-def test_a_model_without_a_name_is_warmed_up_on_another_path(lab: Lab) -> None:
+def test_warm_up_of_an_unnamed_model_probes_another_path(lab: Lab) -> None:
     """The name comes from an object of tinker's that no contract says anything of."""
 
     async def warm_up(http: Any) -> None:
@@ -165,7 +165,7 @@ def test_a_model_without_a_name_is_warmed_up_on_another_path(lab: Lab) -> None:
 # --- A connection that is not ours to replace --------------------------------------------
 
 
-def test_the_programs_own_http_client_is_kept_and_used(make_lab: MakeLab) -> None:
+def test_users_http_client_is_kept_and_used(make_lab: MakeLab) -> None:
     """Warm-up, probes and replays go over it, and it stays open."""
     lab = make_lab()
     sent: list[str] = []
@@ -192,9 +192,7 @@ async def twice(http: Any) -> None:
         await http.get("/api/v1/healthz", cast_to=object)
 
 
-def test_who_still_holds_a_replaced_client_sends_over_the_new_one(
-    lab: Lab, settings: Change
-) -> None:
+def test_holder_of_a_replaced_client_sends_over_the_new_one(lab: Lab, settings: Change) -> None:
     """The program's loan outlives the client: it is closed once the loan is over."""
     settings(base_delay=0.2)
     client = connect(lab.base_url)
@@ -208,9 +206,7 @@ def test_who_still_holds_a_replaced_client_sends_over_the_new_one(
     exact(lab, gradients=1, optim_steps=1)
 
 
-def test_a_probe_that_meets_an_error_of_the_pod_has_come_through(
-    lab: Lab, settings: Change
-) -> None:
+def test_probe_with_a_pod_error_releases_the_waiters(lab: Lab, settings: Change) -> None:
     """A full wait would be longer than the test allows."""
     client = connect(lab.base_url)
     settings(base_delay=60, max_delay=60, retry_budget=120)
@@ -224,7 +220,7 @@ def test_a_probe_that_meets_an_error_of_the_pod_has_come_through(
 # --- Settings that come too late ---------------------------------------------------------
 
 
-def test_settings_cannot_be_changed_once_a_client_has_connected(lab: Lab) -> None:
+def test_configure_after_connect_raises_runtime_error(lab: Lab) -> None:
     connect(lab.base_url)
     with pytest.raises(RuntimeError, match="too late"):
         tinker_routefix.configure(retry_budget=60)

@@ -54,7 +54,7 @@ def crashes(run: Callable[[], object]) -> BaseException:
 
 
 @pytest.mark.parametrize("lora_rank", [0, 8], ids=["full", "lora"])
-def test_cold_race(make_lab: MakeLab, plain: Plain, lora_rank: int) -> None:
+def test_cold_race_is_survived(make_lab: MakeLab, plain: Plain, lora_rank: int) -> None:
     def run(lab: Lab) -> None:
         stale_from_the_first_request(lab)
         train(connect(lab.base_url, lora_rank), 2)
@@ -68,7 +68,7 @@ def test_cold_race(make_lab: MakeLab, plain: Plain, lora_rank: int) -> None:
     assert programs.API_KEY in question.headers["x-api-key"]
 
 
-def test_a_healthy_route_is_warm_before_the_first_step(make_lab: MakeLab) -> None:
+def test_connect_on_a_healthy_route_probes_three_replicas(make_lab: MakeLab) -> None:
     lab = make_lab(replicas=3)
     connect(lab.base_url)
     probes = [e for e in lab.exchanges if e.kind == "get_info"]
@@ -76,7 +76,7 @@ def test_a_healthy_route_is_warm_before_the_first_step(make_lab: MakeLab) -> Non
     assert lab.control_plane.questions == 0
 
 
-def test_ready_says_the_manager(make_lab: MakeLab, plain: Plain) -> None:
+def test_race_after_the_manager_reports_ready_is_survived(make_lab: MakeLab, plain: Plain) -> None:
     """RUNNING and one healthz is what it goes by, and then the first call gets a 404."""
 
     def run(lab: Lab) -> None:
@@ -93,7 +93,7 @@ def test_ready_says_the_manager(make_lab: MakeLab, plain: Plain) -> None:
 
 
 @pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])
-def test_404_on_a_poll(make_lab: MakeLab, plain: Plain, kind: str) -> None:
+def test_poll_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str) -> None:
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)
         lab.fault(Fault(kinds=[f"poll:{kind}"], seconds=STALE))
@@ -109,7 +109,7 @@ def test_404_on_a_poll(make_lab: MakeLab, plain: Plain, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])
-def test_404_on_a_submission(make_lab: MakeLab, plain: Plain, kind: str) -> None:
+def test_submission_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str) -> None:
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)
         lab.fault(Fault(kinds=[kind], seconds=STALE))
@@ -122,7 +122,7 @@ def test_404_on_a_submission(make_lab: MakeLab, plain: Plain, kind: str) -> None
     exact(lab, gradients=1, optim_steps=1)
 
 
-def test_404_on_one_part_of_a_batch(make_lab: MakeLab, plain: Plain) -> None:
+def test_404_on_one_part_of_a_batch_is_survived(make_lab: MakeLab, plain: Plain) -> None:
     """The others are on their way. What plain SDKs do next: hang, step without it, or give up."""
 
     def run(lab: Lab) -> None:
@@ -140,7 +140,7 @@ def test_404_on_one_part_of_a_batch(make_lab: MakeLab, plain: Plain) -> None:
     exact(lab, gradients=3, optim_steps=1)
 
 
-def test_checkpoints_are_not_missed(make_lab: MakeLab, plain: Plain) -> None:
+def test_checkpoint_listing_on_a_stale_route_is_complete(make_lab: MakeLab, plain: Plain) -> None:
     """The SDK makes an empty list of a 404, and a resumed run starts from scratch."""
 
     def run(lab: Lab) -> Any:
@@ -162,7 +162,7 @@ def test_checkpoints_are_not_missed(make_lab: MakeLab, plain: Plain) -> None:
     [("poll", train), ("forward_backward", train), ("save", save)],
     ids=["poll", "submission", "save"],
 )
-def test_a_deleted_job_fails_at_once(
+def test_request_to_a_deleted_job_fails_fast(
     make_lab: MakeLab, plain: Plain, kind: str, use: Callable[[Any], None]
 ) -> None:
     """Without the shim telemetry, switched off here, can hold these crashes for 30 s."""
@@ -205,7 +205,7 @@ SDK = ("fireworks.training.sdk", "fireworks.training.sdk.client")
     [("tinker_routefix", *SDK), (*SDK, "tinker_routefix")],
     ids=["shim-first", "sdk-first"],
 )
-def test_import_order(make_lab: MakeLab, imports: tuple[str, ...]) -> None:
+def test_shim_works_in_any_import_order(make_lab: MakeLab, imports: tuple[str, ...]) -> None:
     lab = make_lab()
     stale_from_the_first_request(lab)
     ended = run_python(PROGRAM, lab.base_url, *imports)
@@ -213,7 +213,7 @@ def test_import_order(make_lab: MakeLab, imports: tuple[str, ...]) -> None:
     exact(lab, gradients=1, optim_steps=1)
 
 
-def test_without_the_shim_the_import_saves_nobody(make_lab: MakeLab) -> None:
+def test_switched_off_shim_leaves_the_crash(make_lab: MakeLab) -> None:
     lab = make_lab()
     stale_from_the_first_request(lab)
     ended = run_python(PROGRAM, lab.base_url, *SDK, "tinker_routefix", TINKER_ROUTEFIX="0")
@@ -226,7 +226,7 @@ def test_without_the_shim_the_import_saves_nobody(make_lab: MakeLab) -> None:
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "dropped"])
 @pytest.mark.parametrize("said", ["argument", "environment"])
-def test_the_managers_control_plane_is_asked(
+def test_job_behind_a_split_gateway_is_asked_about_at_the_managers_control_plane(
     make_lab: MakeLab, plain: Plain, monkeypatch: pytest.MonkeyPatch, said: str, kept: bool
 ) -> None:
     """The job is behind one origin, what is known of it behind another.

@@ -51,7 +51,9 @@ NESTING = "from work import train_async\nimport asyncio\nasyncio.run(train_async
 
 @pytest.mark.parametrize("nested", [False, True], ids=["loop", "nest-asyncio"])
 @pytest.mark.parametrize("way", ["plain", "line-first", "line-last", "variable"])
-def test_notebook(lab: Lab, run: Run, tmp_path: Path, way: str, nested: bool) -> None:
+def test_notebook_survives_only_with_the_shim_loaded(
+    lab: Lab, run: Run, tmp_path: Path, way: str, nested: bool
+) -> None:
     line, *work = cells("notebook")
     assert line == LINE
     if nested:

@@ -110,7 +110,7 @@ def request_message(model_id: str, *, forward_only: bool = False) -> bytes:
 # -- the trainer -------------------------------------------------------------------------------
 
 
-def test_a_step_is_executed_once_and_in_order(lab: Lab, client: Client) -> None:
+def test_training_step_is_executed_once_and_in_order(lab: Lab, client: Client) -> None:
     model = client.model()
     trained = client.result(client.step("forward_backward", model, 1, **batch()))
     client.result(client.step("optim_step", model, 2))
@@ -140,7 +140,7 @@ def test_a_step_is_executed_once_and_in_order(lab: Lab, client: Client) -> None:
         ("gzip", gzip.compress),
     ],
 )
-def test_protobuf_is_read_and_answered(
+def test_protobuf_request_is_read_and_answered(
     lab: Lab,
     client: Client,
     encoding: str,
@@ -171,7 +171,7 @@ def test_protobuf_is_read_and_answered(
     assert exchange.body == body
 
 
-def test_samples_are_announced_per_clone(make_lab: MakeLab, connect: Any) -> None:
+def test_sample_completions_are_announced_per_clone(make_lab: MakeLab, connect: Any) -> None:
     lab = make_lab(work_seconds=0.1)
     client = connect(lab.base_url)
     sampler = client.post(
@@ -202,7 +202,9 @@ def test_samples_are_announced_per_clone(make_lab: MakeLab, connect: Any) -> Non
     assert result["prompt_logprobs"] == [None, -0.5, -0.5]
 
 
-def test_a_poll_waits_and_then_asks_to_try_again(make_lab: MakeLab, connect: Any) -> None:
+def test_poll_of_unfinished_work_waits_and_answers_try_again(
+    make_lab: MakeLab, connect: Any
+) -> None:
     client = connect(make_lab(work_seconds=1, poll_seconds=0.05).base_url)
     submitted = client.post(
         "create_model", session_id=client.session(), model_seq_id=0, base_model="lab/base"
@@ -214,7 +216,7 @@ def test_a_poll_waits_and_then_asks_to_try_again(make_lab: MakeLab, connect: Any
     assert client.post("retrieve_future", request_id=submitted["request_id"]).status_code == 200
 
 
-def test_the_operations_of_a_model_queue_up(make_lab: MakeLab, connect: Any) -> None:
+def test_operations_of_one_model_run_one_after_another(make_lab: MakeLab, connect: Any) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
     model = client.model()
@@ -227,7 +229,7 @@ def test_the_operations_of_a_model_queue_up(make_lab: MakeLab, connect: Any) -> 
     assert time.monotonic() - before >= 1.75
 
 
-def test_the_pod_has_404s_of_its_own(lab: Lab, client: Client) -> None:
+def test_pod_answers_unknown_things_with_its_own_404(lab: Lab, client: Client) -> None:
     model = client.model()
     cases = {
         "Future not found": client.post("retrieve_future", request_id="nope"),
@@ -247,7 +249,9 @@ def test_the_pod_has_404s_of_its_own(lab: Lab, client: Client) -> None:
     assert lab.ledger.optim_steps == 0
 
 
-def test_an_older_server_and_its_configuration(make_lab: MakeLab, connect: Any) -> None:
+def test_lab_without_dynamic_config_answers_as_an_older_server(
+    make_lab: MakeLab, connect: Any
+) -> None:
     lab = make_lab(without=("dynamic_config",), config={"parallel_fwdbwd_chunks": False})
     client = connect(lab.base_url)
     assert client.post("client/dynamic_config").json() == {"detail": "Not Found"}
@@ -259,7 +263,7 @@ def test_an_older_server_and_its_configuration(make_lab: MakeLab, connect: Any) 
         Lab(without=("no_such_kind",))
 
 
-def test_a_restarted_trainer_knows_its_checkpoints_only(lab: Lab, client: Client) -> None:
+def test_restarted_trainer_knows_only_its_checkpoints(lab: Lab, client: Client) -> None:
     model = client.model()
     saved = client.result(client.step("save_weights", model, 1, path="one"))
     lab.drop_session()
@@ -274,7 +278,7 @@ def test_a_restarted_trainer_knows_its_checkpoints_only(lab: Lab, client: Client
     assert created.status_code == 200
 
 
-def test_listings(client: Client) -> None:
+def test_listings_show_what_was_saved_and_not_what_was_deleted(client: Client) -> None:
     model = client.model()
     client.result(client.step("save_weights", model, 1, path="one"))
     listed = client.get(f"training_runs/{model}/checkpoints").json()["checkpoints"]
@@ -322,7 +326,9 @@ def test_listings(client: Client) -> None:
         ("GET", "nothing/at/all", "other"),
     ],
 )
-def test_kinds(lab: Lab, client: Client, method: str, path: str, kind: str) -> None:
+def test_request_on_each_path_is_recorded_as_its_kind(
+    lab: Lab, client: Client, method: str, path: str, kind: str
+) -> None:
     client.http.request(method, f"/api/v1/{path}", json={})
     (exchange,) = lab.exchanges
     assert exchange.kind == kind
@@ -332,7 +338,7 @@ def test_kinds(lab: Lab, client: Client, method: str, path: str, kind: str) -> N
     assert exchange.seconds >= 0
 
 
-def test_polls_have_a_subject(lab: Lab, client: Client) -> None:
+def test_fault_on_polls_can_name_their_subject(lab: Lab, client: Client) -> None:
     model = client.model()
     steps = lab.fault(Fault(kinds={"poll:optim_step"}))
     submitted = client.step("optim_step", model, 1)
@@ -347,7 +353,7 @@ def test_polls_have_a_subject(lab: Lab, client: Client) -> None:
     assert every.hits == 0
 
 
-def test_jobs_have_trainers_of_their_own(lab: Lab, client: Client, connect: Any) -> None:
+def test_each_job_has_a_trainer_of_its_own(lab: Lab, client: Client, connect: Any) -> None:
     other = connect(lab.job_url("job-2"))
     other.session()
     assert (lab.ledger.count("create_session"), len(lab.ledger_of("job-2").executions)) == (0, 1)
@@ -361,7 +367,7 @@ def test_jobs_have_trainers_of_their_own(lab: Lab, client: Client, connect: Any)
     assert lab.count(refused=True) == 3
 
 
-def test_the_direct_way_has_no_gateway(lab: Lab, connect: Any) -> None:
+def test_direct_url_bypasses_the_gateway(lab: Lab, connect: Any) -> None:
     client = connect(lab.direct_url)
     lab.stale(60)
     client.session()
@@ -376,7 +382,7 @@ def test_the_direct_way_has_no_gateway(lab: Lab, connect: Any) -> None:
 # -- replicas ----------------------------------------------------------------------------------
 
 
-def test_a_connection_stays_with_one_replica(make_lab: MakeLab, connect: Any) -> None:
+def test_connection_stays_with_one_replica(make_lab: MakeLab, connect: Any) -> None:
     lab = make_lab(replicas=2)
     clients = [connect(lab.base_url) for _ in range(4)]
     for _, one in itertools.product(range(3), clients):
@@ -385,7 +391,7 @@ def test_a_connection_stays_with_one_replica(make_lab: MakeLab, connect: Any) ->
     assert seen == {(0, 0), (1, 1), (2, 0), (3, 1)}
 
 
-def test_a_stale_replica(make_lab: MakeLab, connect: Any) -> None:
+def test_stale_replica_answers_404_to_all_but_healthz(make_lab: MakeLab, connect: Any) -> None:
     lab = make_lab(replicas=2)
     first, second = connect(lab.base_url), connect(lab.base_url)
     first.get("healthz")
@@ -398,7 +404,7 @@ def test_a_stale_replica(make_lab: MakeLab, connect: Any) -> None:
     assert third.get("get_server_capabilities").status_code == 200
 
 
-def test_questions_to_the_control_plane_take_no_turn(make_lab: MakeLab, connect: Any) -> None:
+def test_control_plane_question_takes_no_replica(make_lab: MakeLab, connect: Any) -> None:
     lab = make_lab(replicas=2)
     httpx.get(f"{lab.origin}/v1/accounts/lab/rlorTrainerJobs/job-1")
     connect(lab.base_url).get("healthz")
@@ -424,7 +430,7 @@ def statuses(client: Client, times: int, path: str = "get_server_capabilities") 
     return [client.get(path).status_code for _ in range(times)]
 
 
-def test_the_answer_of_a_stale_replica(lab: Lab, client: Client) -> None:
+def test_stale_route_answers_with_the_gateways_404(lab: Lab, client: Client) -> None:
     lab.stale(60)
     answer = client.get("get_server_capabilities")
     assert answer.status_code == 404
@@ -458,7 +464,7 @@ def test_the_answer_of_a_stale_replica(lab: Lab, client: Client) -> None:
     ],
     ids=range(9),
 )
-def test_which_requests_go_wrong(
+def test_fault_strikes_exactly_the_requests_it_describes(
     lab: Lab, client: Client, fault: Fault, expected: list[int]
 ) -> None:
     lab.fault(fault)
@@ -466,26 +472,26 @@ def test_which_requests_go_wrong(
     assert fault.hits == sum(status != 200 for status in expected)
 
 
-def test_a_fault_that_could_never_strike(lab: Lab) -> None:
+def test_fault_of_an_unknown_kind_raises_value_error(lab: Lab) -> None:
     for kinds in ({"optim_steps"}, {"polls:x", "pol:x"}, "poll"):
         with pytest.raises(ValueError, match="kind of requests"):
             lab.fault(Fault(kinds=kinds))
 
 
-def test_a_fault_can_be_armed_again(lab: Lab, client: Client) -> None:
+def test_spent_fault_can_be_armed_again(lab: Lab, client: Client) -> None:
     fault = lab.fault(Fault(count=1))
     assert statuses(client, 2) == [404, 200]
     assert lab.fault(fault) is fault
     assert statuses(client, 2) == [404, 200]
 
 
-def test_the_first_fault_wins(lab: Lab, client: Client) -> None:
+def test_first_of_two_matching_faults_wins(lab: Lab, client: Client) -> None:
     lab.fault(Fault(count=1, answer=Answer(503)))
     lab.stale(60)
     assert statuses(client, 2) == [503, 404]
 
 
-def test_chances_are_seeded(make_lab: MakeLab, connect: Any) -> None:
+def test_random_faults_are_seeded(make_lab: MakeLab, connect: Any) -> None:
     def run(seed: int) -> list[int]:
         lab = make_lab(seed=seed)
         fault = lab.flap(0.5)
@@ -496,7 +502,7 @@ def test_chances_are_seeded(make_lab: MakeLab, connect: Any) -> None:
     assert run(1) == run(1) != run(2)
 
 
-def test_a_fault_has_a_clock(lab: Lab, client: Client) -> None:
+def test_fault_with_start_and_length_strikes_only_then(lab: Lab, client: Client) -> None:
     lab.fault(Fault(starts=1, seconds=2))
     assert statuses(client, 1) == [200]
     time.sleep(1.2)
@@ -505,7 +511,7 @@ def test_a_fault_has_a_clock(lab: Lab, client: Client) -> None:
     assert statuses(client, 1) == [200]
 
 
-def test_a_delay_alone_changes_nothing_else(lab: Lab, client: Client) -> None:
+def test_delay_alone_leaves_the_answer_unchanged(lab: Lab, client: Client) -> None:
     slow = lab.fault(Fault(answer=None, delay=0.1))
     lab.fault(Fault(skip=1))
     assert statuses(client, 2) == [200, 404]
@@ -513,7 +519,7 @@ def test_a_delay_alone_changes_nothing_else(lab: Lab, client: Client) -> None:
     assert all(exchange.seconds >= 0.1 for exchange in lab.exchanges)
 
 
-def test_a_dropped_connection(lab: Lab, client: Client) -> None:
+def test_request_on_a_dropped_connection_is_not_executed(lab: Lab, client: Client) -> None:
     fault = lab.fault(Fault(drop=True, count=1))
     with pytest.raises(httpx.RemoteProtocolError):
         client.post("create_session")
@@ -525,7 +531,7 @@ def test_a_dropped_connection(lab: Lab, client: Client) -> None:
     assert first.connection != second.connection
 
 
-def test_a_request_that_hangs(lab: Lab, client: Client) -> None:
+def test_hanging_request_gets_no_answer(lab: Lab, client: Client) -> None:
     lab.fault(Fault(hang=True))
     with pytest.raises(httpx.ReadTimeout):
         client.http.get("/api/v1/get_server_capabilities", timeout=1)
@@ -534,7 +540,9 @@ def test_a_request_that_hangs(lab: Lab, client: Client) -> None:
 
 @pytest.mark.parametrize("answer", [GATEWAY_404, None])
 @pytest.mark.parametrize("at", ["gateway", "pod"])
-def test_a_lost_answer_is_executed(lab: Lab, client: Client, answer: Any, at: Any) -> None:
+def test_request_with_a_lost_answer_is_executed(
+    lab: Lab, client: Client, answer: Any, at: Any
+) -> None:
     lab.fault(Fault(lost_answer=True, answer=answer, at=at))
     if answer is None:
         with pytest.raises(httpx.RemoteProtocolError):
@@ -545,7 +553,7 @@ def test_a_lost_answer_is_executed(lab: Lab, client: Client, answer: Any, at: An
     assert lab.exchanges[0].reached
 
 
-def test_a_predicate_sees_the_request(lab: Lab, client: Client) -> None:
+def test_fault_predicate_sees_the_request(lab: Lab, client: Client) -> None:
     model = client.model()
     lab.fault(Fault(when=lambda exchange: exchange.seq_id == 2 and exchange.model_id == model))
     sent = [client.step("optim_step", model, seq).status_code for seq in (1, 2, 3)]
@@ -553,7 +561,7 @@ def test_a_predicate_sees_the_request(lab: Lab, client: Client) -> None:
     assert lab.ledger.missing() == [2]
 
 
-def test_headers_and_bodies_are_kept(lab: Lab, client: Client) -> None:
+def test_exchange_keeps_headers_and_body(lab: Lab, client: Client) -> None:
     client.http.post("/api/v1/telemetry", content=b'{"a": 1}', headers={"X-Idempotency-Key": "k"})
     (exchange,) = lab.exchanges
     assert exchange.headers["x-idempotency-key"] == "k"
@@ -568,7 +576,7 @@ def ask(lab: Lab, job: str = "job-1", account: str = "lab") -> httpx.Response:
     return httpx.get(f"{lab.origin}/v1/accounts/{account}/rlorTrainerJobs/{job}", timeout=10)
 
 
-def test_the_control_plane_knows_the_jobs(lab: Lab) -> None:
+def test_control_plane_answers_the_state_of_each_job(lab: Lab) -> None:
     assert ask(lab).json() == {
         "name": "accounts/lab/rlorTrainerJobs/job-1",
         "state": "JOB_STATE_RUNNING",
@@ -595,7 +603,7 @@ def test_the_control_plane_knows_the_jobs(lab: Lab) -> None:
         ("redirect", 302),
     ],
 )
-def test_control_plane_modes(lab: Lab, mode: Any, status: int) -> None:
+def test_control_plane_mode_sets_its_answer(lab: Lab, mode: Any, status: int) -> None:
     lab.control_plane.mode = mode
     answer = ask(lab)
     assert answer.status_code == status
@@ -616,7 +624,7 @@ def test_control_plane_modes(lab: Lab, mode: Any, status: int) -> None:
         ("drop", httpx.RemoteProtocolError),
     ],
 )
-def test_a_control_plane_that_does_not_answer(
+def test_control_plane_mode_without_an_answer_gives_none(
     lab: Lab, mode: Any, error: type[httpx.HTTPError]
 ) -> None:
     lab.control_plane.mode = mode
@@ -624,7 +632,7 @@ def test_a_control_plane_that_does_not_answer(
         httpx.get(f"{lab.origin}/v1/accounts/lab/rlorTrainerJobs/job-1", timeout=1)
 
 
-def test_a_control_plane_that_drips(lab: Lab) -> None:
+def test_control_plane_mode_slow_drip_never_finishes(lab: Lab) -> None:
     lab.control_plane.mode = "slow_drip"
     begin = time.monotonic()
     with httpx.stream("GET", f"{lab.origin}/v1/accounts/lab/rlorTrainerJobs/job-1") as answer:
@@ -635,7 +643,7 @@ def test_a_control_plane_that_drips(lab: Lab) -> None:
     assert time.monotonic() - begin > 0.5
 
 
-def test_a_slow_control_plane_and_its_faults(lab: Lab) -> None:
+def test_control_plane_delay_and_faults_apply_to_questions(lab: Lab) -> None:
     lab.control_plane.delay = 0.1
     begin = time.monotonic()
     assert ask(lab).status_code == 200
@@ -647,7 +655,9 @@ def test_a_slow_control_plane_and_its_faults(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("mode", "status"), [("ok", 200), ("missing", 404)])
-def test_a_job_that_ended(lab: Lab, client: Client, connect: Any, mode: Any, status: int) -> None:
+def test_ended_job_is_refused_while_others_go_on(
+    lab: Lab, client: Client, connect: Any, mode: Any, status: int
+) -> None:
     other = connect(lab.job_url("job-2"))
     lab.end_job(mode=mode)
     assert client.get("healthz").json() == GATEWAY_404.body
@@ -690,7 +700,7 @@ FB, FWD, OPT, SAVE = "forward_backward", "forward", "optim_step", "save"
         ([(FB, 1), (FB, 4)], [], [], [2, 3]),
     ],
 )
-def test_what_the_ledger_finds(
+def test_ledger_finds_duplicates_gaps_and_wrong_order(
     entries: list[tuple[str, int]], wrong: list[int], twice: list[int], gaps: list[int]
 ) -> None:
     made = ledger(*entries)
@@ -701,7 +711,7 @@ def test_what_the_ledger_finds(
     assert ("missing" in made.summary()) == bool(gaps)
 
 
-def test_models_have_sequences_of_their_own() -> None:
+def test_ledger_counts_the_sequence_of_each_model_by_itself() -> None:
     made = ledger((FB, 1), (OPT, 2))
     for execution in ledger((FB, 1), (FB, 4), model_id="n").executions:
         made.record(execution)
@@ -711,7 +721,7 @@ def test_models_have_sequences_of_their_own() -> None:
     assert Ledger().summary() == "nothing"
 
 
-def test_requests_without_a_number_have_an_identity(lab: Lab, client: Client) -> None:
+def test_ledger_finds_duplicates_without_a_seq_id(lab: Lab, client: Client) -> None:
     session = client.session()
     for _ in range(2):
         client.post("create_model", session_id=session, model_seq_id=0, base_model="lab/base")
@@ -726,7 +736,7 @@ def test_requests_without_a_number_have_an_identity(lab: Lab, client: Client) ->
     assert kinds == ["create_model", "sampling_session"]
 
 
-def test_a_request_that_is_sent_twice_is_trained_twice(lab: Lab, client: Client) -> None:
+def test_request_sent_twice_is_trained_twice(lab: Lab, client: Client) -> None:
     model = client.model()
     for _ in range(2):
         client.step("forward_backward", model, 1, **batch())
@@ -737,7 +747,7 @@ def test_a_request_that_is_sent_twice_is_trained_twice(lab: Lab, client: Client)
 # -- life --------------------------------------------------------------------------------------
 
 
-def test_it_stops_with_requests_in_flight(connect: Any) -> None:
+def test_lab_stops_with_requests_in_flight(connect: Any) -> None:
     lab = Lab(work_seconds=60).start()
     client = connect(lab.base_url)
     lab.fault(Fault(kinds={"capabilities"}, hang=True))
@@ -771,7 +781,7 @@ def test_it_stops_with_requests_in_flight(connect: Any) -> None:
     lab.stop()
 
 
-def test_many_requests_in_flight(make_lab: MakeLab) -> None:
+def test_lab_answers_200_requests_in_flight(make_lab: MakeLab) -> None:
     lab = make_lab(work_seconds=0.3, replicas=3)
     api = f"{lab.base_url}/api/v1"
     wanted = 200
@@ -796,7 +806,7 @@ def test_many_requests_in_flight(make_lab: MakeLab) -> None:
     assert lab.count() == 2 * wanted
 
 
-def test_connections_can_be_dropped(lab: Lab, client: Client) -> None:
+def test_dropped_connections_make_clients_reconnect(lab: Lab, client: Client) -> None:
     client.get("healthz")
     lab.drop_connections()
     # The client may notice before it sends, or when it gets no answer.
@@ -806,7 +816,7 @@ def test_connections_can_be_dropped(lab: Lab, client: Client) -> None:
     assert lab.exchanges[0].connection != lab.exchanges[-1].connection
 
 
-def test_a_port_that_is_taken(lab: Lab) -> None:
+def test_lab_on_a_taken_port_raises_os_error(lab: Lab) -> None:
     port = int(lab.origin.rpartition(":")[2])
     with pytest.raises(OSError, match="address already in use"):
         Lab(port=port).start()
@@ -814,7 +824,7 @@ def test_a_port_that_is_taken(lab: Lab) -> None:
         Lab().drop_connections()
 
 
-def test_an_observer_sees_what_became_of_requests(make_lab: MakeLab, connect: Any) -> None:
+def test_observer_sees_finished_exchanges(make_lab: MakeLab, connect: Any) -> None:
     seen: list[Exchange] = []
     lab = make_lab(observer=seen.append)
     connect(lab.base_url).get("healthz")
@@ -823,7 +833,7 @@ def test_an_observer_sees_what_became_of_requests(make_lab: MakeLab, connect: An
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends an interrupt")
 @pytest.mark.parametrize("option", ["--stale=0.4", "--stale-from-start --stale=60", "--flap=1"])
-def test_the_command(option: str) -> None:
+def test_lab_command_applies_its_fault_options(option: str) -> None:
     command = [sys.executable, "-u", "-m", "tinker_routefix.lab", *option.split()]
     environment = {**os.environ, "COLUMNS": "120"}
     with subprocess.Popen(

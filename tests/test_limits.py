@@ -37,7 +37,7 @@ def padded(document: dict[str, Any], size: int) -> bytes:
     ("document", "verdict"),
     [({"error": {"code": "NOT_FOUND"}}, Verdict.GATEWAY), ({"detail": "no"}, Verdict.POD)],
 )
-def test_a_404_is_read_up_to_64_kib(document: dict[str, Any], verdict: Verdict) -> None:
+def test_404_body_is_read_up_to_64_kib(document: dict[str, Any], verdict: Verdict) -> None:
     assert of_body(padded(document, KIB_64)) is verdict
     assert of_body(padded(document, KIB_64 + 1)) is Verdict.UNKNOWN
 
@@ -45,7 +45,7 @@ def test_a_404_is_read_up_to_64_kib(document: dict[str, Any], verdict: Verdict) 
 @pytest.mark.parametrize(
     ("size", "state"), [(KIB_64, JobState.RUNNING), (KIB_64 + 1, JobState.UNKNOWN)]
 )
-def test_an_answer_of_the_control_plane_is_read_up_to_64_kib(
+def test_control_plane_answer_is_read_up_to_64_kib(
     settings: Callable[..., None], size: int, state: JobState
 ) -> None:
     settings(control_plane_timeout=60)
@@ -56,7 +56,7 @@ def test_an_answer_of_the_control_plane_is_read_up_to_64_kib(
 
 
 @pytest.mark.parametrize(("later", "questions"), [(0.99, 1), (1.0, 2)])
-def test_an_answer_is_good_for_one_second(mocker: Any, later: float, questions: int) -> None:
+def test_answer_is_reused_for_exactly_one_second(mocker: Any, later: float, questions: int) -> None:
     fetch = mocker.patch.object(ControlPlane, "_fetch", return_value=(200, RUNNING))
     now = mocker.patch("time.monotonic", return_value=500.0)
 
@@ -72,7 +72,7 @@ def test_an_answer_is_good_for_one_second(mocker: Any, later: float, questions: 
     assert first.at == 500.0
 
 
-def test_an_answer_that_took_long_is_good_from_its_end(mocker: Any) -> None:
+def test_slow_answer_is_reused_from_its_end_on(mocker: Any) -> None:
     now = mocker.patch("time.monotonic", return_value=500.0)
     told: list[Any] = []
     unsubscribe = tinker_routefix.subscribe(told.append)
@@ -95,7 +95,7 @@ def test_an_answer_that_took_long_is_good_from_its_end(mocker: Any) -> None:
     assert answered.seconds == 4.124
 
 
-def test_who_asks_after_a_failure_asks_anew(mocker: Any) -> None:
+def test_failed_question_is_asked_again_after_a_second(mocker: Any) -> None:
     """Its word holds for as long as a good one's, and no longer."""
     outcomes = [ValueError("no"), (200, RUNNING)]
     mocker.patch.object(ControlPlane, "_fetch", side_effect=outcomes)
@@ -124,7 +124,7 @@ def test_who_asks_after_a_failure_asks_anew(mocker: Any) -> None:
         ("RUNNING", "RUNNING"),
     ],
 )
-def test_how_much_of_a_new_state_is_repeated(word: str, said: str) -> None:
+def test_unknown_state_is_repeated_up_to_its_length_limit(word: str, said: str) -> None:
     assert read_answer(200, json.dumps({"state": word}).encode())[1] == said
 
 
@@ -149,7 +149,7 @@ def assert_verifies(context: ssl.SSLContext) -> None:
 
 
 @pytest.mark.parametrize("by", ["gateway", "settings"])
-def test_tls_is_verified(
+def test_question_over_https_verifies_the_certificate(
     settings: Callable[..., None], made: list[dict[str, Any]], by: str
 ) -> None:
     """The key goes to nobody who merely answers at that address."""
@@ -165,7 +165,7 @@ def test_tls_is_verified(
 
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
 @pytest.mark.parametrize("scheme", ["https", "http"])
-def test_tls_is_verified_but_where_the_job_manager_does_not(
+def test_question_verifies_tls_unless_the_job_manager_does_not(
     made: list[dict[str, Any]], scheme: str, verify: bool
 ) -> None:
     address = Address(f"{scheme}://127.0.0.1:9", None, verify=verify)
@@ -180,7 +180,7 @@ def test_tls_is_verified_but_where_the_job_manager_does_not(
         assert kwargs["verify"] is False
 
 
-def test_all_questions_share_one_tls_context(monkeypatch: pytest.MonkeyPatch, mocker: Any) -> None:
+def test_questions_share_one_tls_context(monkeypatch: pytest.MonkeyPatch, mocker: Any) -> None:
     monkeypatch.setattr(_control_plane, "_tls", None)
     create: Callable[..., Any] = mocker.spy(httpx, "create_ssl_context")
 
@@ -192,9 +192,7 @@ def test_all_questions_share_one_tls_context(monkeypatch: pytest.MonkeyPatch, mo
     assert create.call_count == 1  # type: ignore[attr-defined]
 
 
-def test_the_environments_certificates_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tls_context_reads_ssl_cert_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a company's own authority the control plane would be out of reach without them."""
     monkeypatch.setattr(_control_plane, "_tls", None)
     # One without certificates is refused, so it was read.

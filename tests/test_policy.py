@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tinker_routefix import _log, _settings, _warmup
+from tinker_routefix import _control_plane, _log, _sdk, _settings, _warmup
+from tinker_routefix._connections import Lending
 from tinker_routefix._control_plane import Answer, JobState
 from tinker_routefix._job import Job
 from tinker_routefix._retry import Replay, Waiting
-from tinker_routefix._route import Route
+from tinker_routefix._route import Counters, Route
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -125,7 +127,24 @@ async def run(made: Replay) -> Any:
     return await made.run()
 
 
-def test_waits_double_up_to_the_limit_and_end(clock: Clock) -> None:
+def test_retry_succeeds_immediately_when_no_404(clock: Clock) -> None:
+    """The request is sent once, and that is all: no question, no wait, nothing counted."""
+    on, send, client = route(), Sender("answer"), SimpleNamespace()
+    pool: Any = SimpleNamespace(route=on)
+    setattr(client, _sdk._MARK, Lending(client, pool))
+
+    async def request(*_: object) -> Any:
+        return await send()
+
+    options = SimpleNamespace(url="/api/v1/forward_backward")
+    answer = asyncio.run(_sdk.guard_request(request, client, (object, options), {}))
+    assert (answer, send.sent) == ("answer", 1)
+    assert on.control_plane.questions == 0
+    assert clock.waits == []
+    assert on.counters == Counters()
+
+
+def test_retry_exhausts_when_404_persists(clock: Clock) -> None:
     on, send = route(), Sender(None)
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(on, send)))
@@ -134,14 +153,14 @@ def test_waits_double_up_to_the_limit_and_end(clock: Clock) -> None:
     assert on.counters.given_up == 1
 
 
-def test_jitter_only_shortens(mocker: MockerFixture, clock: Clock) -> None:
+def test_retry_jitter_only_shortens_waits(mocker: MockerFixture, clock: Clock) -> None:
     mocker.patch("random.uniform", lambda low, _: low)
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(route(), Sender(None))))
     assert clock.waits == pytest.approx([1.8, 3.6, 7.2, 13.5])
 
 
-def test_the_budget_ends_it_and_cuts_the_last_wait(
+def test_retry_budget_shortens_the_last_wait_and_ends_it(
     clock: Clock, settings: Callable[..., None]
 ) -> None:
     settings(retry_budget=9, max_replays=10)
@@ -150,9 +169,7 @@ def test_the_budget_ends_it_and_cuts_the_last_wait(
     assert clock.waits == [2, 4, 3]
 
 
-def test_a_budget_that_is_spent_to_the_second_is_spent(
-    clock: Clock, settings: Callable[..., None]
-) -> None:
+def test_retry_budget_spent_exactly_ends_it(clock: Clock, settings: Callable[..., None]) -> None:
     settings(retry_budget=14, max_replays=10)
     send = Sender(None)
     with pytest.raises(RefusedError):
@@ -162,7 +179,9 @@ def test_a_budget_that_is_spent_to_the_second_is_spent(
 
 
 @pytest.mark.parametrize(("warm", "questions"), [(True, 6), (False, 3)])
-def test_when_the_control_plane_is_asked(clock: Clock, warm: bool, questions: int) -> None:
+def test_retry_asks_control_plane_before_each_wait_and_after_it_once_warm(
+    clock: Clock, warm: bool, questions: int
+) -> None:
     """Before each wait; and once there is work to lose, also after it."""
     on = route(warm=warm)
     assert asyncio.run(run(replay(on, Sender(None, None, "answer")))) == "answer"
@@ -170,7 +189,7 @@ def test_when_the_control_plane_is_asked(clock: Clock, warm: bool, questions: in
 
 
 @pytest.mark.parametrize("refusals", [0, 1, 2, 3])
-def test_recovers_while_running(clock: Clock, refusals: int) -> None:
+def test_retry_recovers_after_transient_404_when_still_running(clock: Clock, refusals: int) -> None:
     on, send = route(), Sender(*[None] * refusals, "answer")
     assert asyncio.run(run(replay(on, send))) == "answer"
     assert send.sent == refusals + 1
@@ -179,8 +198,8 @@ def test_recovers_while_running(clock: Clock, refusals: int) -> None:
     assert on.counters.given_up == on.counters.failed_fast == 0
 
 
-@pytest.mark.parametrize("state", [JobState.OVER, JobState.ON_ITS_WAY, JobState.UNKNOWN])
-def test_raises_the_original_at_once_when_not_running(clock: Clock, state: JobState) -> None:
+@pytest.mark.parametrize("state", [JobState.OVER, JobState.ON_ITS_WAY])
+def test_retry_fails_fast_when_job_no_longer_running(clock: Clock, state: JobState) -> None:
     on, send, error = route(state), Sender("answer"), RefusedError("original")
     with pytest.raises(RefusedError) as caught:
         asyncio.run(run(replay(on, send, error)))
@@ -191,7 +210,32 @@ def test_raises_the_original_at_once_when_not_running(clock: Clock, state: JobSt
     assert f"JOB_STATE_{state.name}; 0 replays" in error.__notes__[0]
 
 
-def test_a_forward_backward_is_not_replayed_once_the_job_is_deleted(clock: Clock) -> None:
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (401, b'{"error": "unauthorized"}', "HTTP 401"),
+        (200, b"<html>RUNNING</html>", "an answer without a job state"),
+        (200, b'{"state": "JOB_STATE_HIBERNATING"}', "JOB_STATE_HIBERNATING"),
+    ],
+    ids=["unauthorized", "unreadable", "new-state"],
+)
+def test_retry_fails_fast_when_control_plane_probe_errors(
+    clock: Clock, mocker: MockerFixture, status: int, body: bytes, said: str
+) -> None:
+    """An answer that refuses the question or cannot be read is no proof that the job runs."""
+    mocker.patch.object(_control_plane.ControlPlane, "_fetch", return_value=(status, body))
+    on, send, error = route(), Sender("answer"), RefusedError("original")
+    on.control_plane = _control_plane.ControlPlane(JOB)
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(run(replay(on, send, error)))
+    assert caught.value is error
+    assert send.sent == 0
+    assert clock.waits == []
+    assert on.counters.failed_fast == 1
+    assert f": {said}; 0 replays" in error.__notes__[0]
+
+
+def test_retry_sends_nothing_when_job_ends_during_the_wait(clock: Clock) -> None:
     """RUNNING before the wait, deleted after it: nothing is sent."""
     send = Sender("trained twice")
     with pytest.raises(RefusedError, match="first"):
@@ -203,7 +247,7 @@ def test_a_forward_backward_is_not_replayed_once_the_job_is_deleted(clock: Clock
 @pytest.mark.parametrize(
     "error", [ValueError("no"), ConnectionError("gone"), asyncio.CancelledError(), SystemExit()]
 )
-def test_every_other_error_passes_through(clock: Clock, error: BaseException) -> None:
+def test_retry_propagates_non_404_immediately(clock: Clock, error: BaseException) -> None:
     send = Sender(error)
     with pytest.raises(type(error)) as caught:
         asyncio.run(run(replay(route(), send)))
@@ -212,7 +256,7 @@ def test_every_other_error_passes_through(clock: Clock, error: BaseException) ->
     assert not getattr(error, "__notes__", None)
 
 
-def test_an_early_release_costs_nothing_and_is_good_for_two(clock: Clock) -> None:
+def test_retry_released_early_replays_twice_and_uses_no_counted_wait(clock: Clock) -> None:
     """Seven early releases that meet the 404 again: no full wait is used up by them."""
     clock.on_wait = lambda now: now < 1010
     send = Sender(*[None] * 14, "answer")
@@ -223,7 +267,7 @@ def test_an_early_release_costs_nothing_and_is_good_for_two(clock: Clock) -> Non
     assert clock.now == 1000 + 7 * 1.5 + 2
 
 
-def test_no_replay_at_all_where_the_settings_say_so(
+def test_retry_with_max_replays_zero_sends_nothing(
     clock: Clock, settings: Callable[..., None]
 ) -> None:
     settings(max_replays=0)
@@ -234,7 +278,7 @@ def test_no_replay_at_all_where_the_settings_say_so(
 
 
 @pytest.mark.parametrize("state", [JobState.RUNNING, JobState.ON_ITS_WAY, JobState.UNKNOWN])
-def test_connecting_waits_out_its_whole_budget(clock: Clock, state: JobState) -> None:
+def test_connect_with_persistent_404_waits_out_its_budget(clock: Clock, state: JobState) -> None:
     on, send = route(state, warm=False), Sender(None)
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(on, send)))
@@ -257,7 +301,7 @@ def test_calls_at_connect_share_one_budget(clock: Clock) -> None:
     asyncio.run(both())
 
 
-def test_the_budget_comes_back_after_a_quiet_time(clock: Clock) -> None:
+def test_connect_budget_comes_back_after_a_quiet_minute(clock: Clock) -> None:
     on = route(warm=False)
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(on, Sender(None))))
@@ -265,13 +309,13 @@ def test_the_budget_comes_back_after_a_quiet_time(clock: Clock) -> None:
     assert asyncio.run(run(replay(on, Sender(None, "answer")))) == "answer"
 
 
-def test_connecting_to_a_job_that_is_over_fails_at_once(clock: Clock) -> None:
+def test_connect_to_an_ended_job_fails_fast(clock: Clock) -> None:
     with pytest.raises(RefusedError):
         asyncio.run(run(replay(route(JobState.OVER, warm=False), Sender("answer"))))
     assert clock.waits == []
 
 
-def test_forty_callers_do_not_mix_up_their_exceptions_or_counts(
+def test_forty_concurrent_retries_keep_their_own_errors_and_counts(
     clock: Clock, settings: Callable[..., None]
 ) -> None:
     # All forty move the one clock.
@@ -329,7 +373,7 @@ def warm_up(on: Route, prober: FakeProber) -> None:
     asyncio.run(_warmup.warm_up(on, open_prober))
 
 
-def test_the_warm_up_returns_after_so_many_successes(clock: Clock) -> None:
+def test_warmup_returns_after_required_consecutive_successes(clock: Clock) -> None:
     on, prober = route(warm=False), FakeProber("ok")
     warm_up(on, prober)
     assert prober.send.sent == 3
@@ -337,7 +381,7 @@ def test_the_warm_up_returns_after_so_many_successes(clock: Clock) -> None:
     assert on.warm
 
 
-def test_a_404_starts_the_count_again(clock: Clock) -> None:
+def test_warmup_recovers_after_transient_404s(clock: Clock) -> None:
     # Three at once at first, and then one after the other, up to the first that fails.
     on, prober = route(warm=False), FakeProber("ok", "ok", None, "ok", None, "ok", "ok", "ok")
     warm_up(on, prober)
@@ -347,7 +391,7 @@ def test_a_404_starts_the_count_again(clock: Clock) -> None:
     assert on.counters.recovered == 1
 
 
-def test_the_warm_up_backs_off_up_to_its_limit_and_times_out(clock: Clock) -> None:
+def test_warmup_raises_on_persistent_404_after_timeout(clock: Clock) -> None:
     on = route(warm=False)
     with pytest.raises(TimeoutError) as caught:
         warm_up(on, FakeProber(None))
@@ -358,7 +402,7 @@ def test_the_warm_up_backs_off_up_to_its_limit_and_times_out(clock: Clock) -> No
     assert on.counters.given_up == 1
 
 
-def test_the_warm_up_has_only_what_connecting_has_left(clock: Clock) -> None:
+def test_warmup_has_only_the_connect_budget_that_is_left(clock: Clock) -> None:
     on = route(warm=False)
     assert asyncio.run(run(replay(on, Sender(None, None, None, "answer")))) == "answer"
     spent = sum(clock.waits)
@@ -369,14 +413,14 @@ def test_the_warm_up_has_only_what_connecting_has_left(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("script", [(ValueError("500"),), ("ok", ValueError("500"), "ok")])
-def test_any_other_error_ends_the_warm_up_quietly(clock: Clock, script: tuple[Any, ...]) -> None:
+def test_warmup_skips_on_non_404_error(clock: Clock, script: tuple[Any, ...]) -> None:
     on, prober = route(warm=False), FakeProber(*script)
     warm_up(on, prober)
     assert prober.send.sent == 3
     assert not on.warm
 
 
-def test_the_warm_up_of_a_job_that_is_over_fails_at_once(clock: Clock) -> None:
+def test_warmup_of_an_ended_job_fails_fast(clock: Clock) -> None:
     on = route(JobState.OVER, warm=False)
     with pytest.raises(RefusedError) as caught:
         warm_up(on, FakeProber(None))
@@ -385,13 +429,15 @@ def test_the_warm_up_of_a_job_that_is_over_fails_at_once(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("state", [JobState.RUNNING, JobState.ON_ITS_WAY, JobState.UNKNOWN])
-def test_the_warm_up_waits_for_everything_else(clock: Clock, state: JobState) -> None:
+def test_warmup_waits_unless_the_job_has_ended(clock: Clock, state: JobState) -> None:
     on = route(state, warm=False)
     warm_up(on, FakeProber(None, None, None, "ok"))
     assert on.warm
 
 
-def test_no_warm_up_where_the_settings_say_so(clock: Clock, settings: Callable[..., None]) -> None:
+def test_warmup_with_zero_successes_sends_nothing(
+    clock: Clock, settings: Callable[..., None]
+) -> None:
     settings(warmup_successes=0)
     on, prober = route(warm=False), FakeProber(None)
     warm_up(on, prober)
@@ -401,7 +447,7 @@ def test_no_warm_up_where_the_settings_say_so(clock: Clock, settings: Callable[.
     assert on.counters.warmups == 0
 
 
-def test_a_failure_of_our_own_does_not_stop_anyone_from_connecting(
+def test_warmup_failure_of_its_own_does_not_stop_the_connect(
     clock: Clock, settings: Callable[..., None], overheard: Any
 ) -> None:
     @asynccontextmanager
@@ -419,7 +465,7 @@ def test_a_failure_of_our_own_does_not_stop_anyone_from_connecting(
 # --- Waiting on a real clock -------------------------------------------------------------
 
 
-def test_all_who_wait_are_released_by_one_answer() -> None:
+def test_one_answer_releases_all_waiters() -> None:
     async def program() -> list[int]:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
         waits = [Waiting(on, no_probe, longest=60) for _ in range(100)]
@@ -435,7 +481,7 @@ def test_all_who_wait_are_released_by_one_answer() -> None:
     assert asyncio.run(program()) == [0] * 100
 
 
-def test_an_answer_from_before_the_wait_counts_and_an_older_one_does_not() -> None:
+def test_answer_since_the_refusal_ends_the_wait_and_an_older_one_does_not() -> None:
     async def program() -> None:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
         on.answered()
@@ -451,7 +497,7 @@ def test_an_answer_from_before_the_wait_counts_and_an_older_one_does_not() -> No
     asyncio.run(program())
 
 
-def test_the_prober_ends_with_the_incident() -> None:
+def test_prober_ends_with_the_incident() -> None:
     async def program() -> None:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
         ended = asyncio.Event()
@@ -469,7 +515,7 @@ def test_the_prober_ends_with_the_incident() -> None:
     asyncio.run(program())
 
 
-def test_the_light_prober_releases_on_any_answer_but_the_gateways_404(
+def test_prober_releases_waiters_on_any_answer_but_a_gateway_404(
     mocker: MockerFixture,
 ) -> None:
     mocker.patch.object(_warmup, "_cadence", return_value=0.01)
@@ -493,11 +539,13 @@ def test_the_light_prober_releases_on_any_answer_but_the_gateways_404(
     assert asyncio.run(program(FakeProber(ConnectionError("refused")))) == 1
 
 
-def test_the_cadence_slows_down() -> None:
+def test_prober_cadence_slows_down_over_time() -> None:
     assert [_warmup._cadence(at) for at in (0, 0.9, 1, 29, 30)] == [0.25, 0.25, 0.5, 0.5, 1.0]
 
 
-def test_settings_change_reaches_the_policy(settings: Callable[..., None], clock: Clock) -> None:
+def test_changed_settings_reach_the_retry_policy(
+    settings: Callable[..., None], clock: Clock
+) -> None:
     settings(base_delay=1, max_delay=2)
     assert _settings.current().base_delay == 1
     with pytest.raises(RefusedError):

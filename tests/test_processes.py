@@ -161,7 +161,9 @@ SPAWNED = {
     [("spawn", way) for way in SPAWNED]
     + [("forkserver", way) for way in ("plain", "line-at-the-top", "variable")],
 )
-def test_spawned_children(lab: Lab, run: Run, method: str, way: str) -> None:
+def test_spawned_child_survives_only_with_the_shim_loaded_in_it(
+    lab: Lab, run: Run, method: str, way: str
+) -> None:
     loaded, variables, helps = SPAWNED[way]
     race(lab)
     program = loaded(recipe("spawned.py")).replace('"spawn"', f'"{method}"')
@@ -183,7 +185,7 @@ def test_spawned_children(lab: Lab, run: Run, method: str, way: str) -> None:
     ],
     ids=["plain", "line-in-the-parent", "variable", "both"],
 )
-def test_other_programs(
+def test_started_program_survives_only_with_the_shim_loaded_in_it(
     lab: Lab, run: Run, loaded: Callable[[str], str], variables: dict[str, str], helps: bool
 ) -> None:
     race(lab)
@@ -196,7 +198,9 @@ def test_other_programs(
 
 
 @pytest.mark.parametrize("way", ["plain", "line-in-the-launcher", "line-in-the-ranks", "variable"])
-def test_launchers(lab: Lab, run: Run, tmp_path: Path, way: str) -> None:
+def test_launched_ranks_survive_only_with_the_shim_loaded_in_them(
+    lab: Lab, run: Run, tmp_path: Path, way: str
+) -> None:
     race(lab, processes=2)
     program = recipe("launch.py")
     if way == "line-in-the-ranks":
@@ -211,7 +215,7 @@ def test_launchers(lab: Lab, run: Run, tmp_path: Path, way: str) -> None:
         exact(lab, gradients=2, optim_steps=2)
 
 
-def test_each_process_has_its_own_last_words(lab: Lab, run: Run) -> None:
+def test_each_process_prints_its_own_final_report(lab: Lab, run: Run) -> None:
     race(lab, processes=2)
     ended = run(lab, with_both(recipe("launch.py")), LEVEL="INFO")
     ended.survived()
@@ -219,7 +223,7 @@ def test_each_process_has_its_own_last_words(lab: Lab, run: Run) -> None:
     assert ended.complained.count("process.report") == 2, ended.complained
 
 
-def test_a_child_asks_where_it_is_told_to(make_lab: Callable[..., Lab], run: Run) -> None:
+def test_child_asks_the_configured_control_plane(make_lab: Callable[..., Lab], run: Run) -> None:
     """What a job manager knows stays in its process; a setting goes along."""
     lab, other = make_lab(), make_lab()
     lab.control_plane.mode = "missing"
@@ -254,7 +258,7 @@ def sampling_race(lab: Lab) -> None:
 
 
 @spawned_each_way
-def test_pickled_sampling_clients(
+def test_pickled_sampling_client_survives_only_with_the_shim_in_the_worker(
     lab: Lab, run: Run, loaded: Callable[[str], str], variables: dict[str, str], helps: bool
 ) -> None:
     if tinker() < (0, 12):
@@ -268,7 +272,7 @@ def test_pickled_sampling_clients(
         ended.crashed()
 
 
-def test_a_workers_exception_says_what_the_worker_saw(lab: Lab, run: Run) -> None:
+def test_exception_of_a_worker_carries_the_note(lab: Lab, run: Run) -> None:
     if tinker() < (0, 12):
         pytest.skip("sampling clients can be pickled from tinker 0.12.0 on")
     lab.control_plane.state = "JOB_STATE_DELETED"
@@ -304,7 +308,7 @@ WATCHED = """
 
 
 @spawned_each_way
-def test_sampling_in_the_sidecar(
+def test_sampling_in_the_sidecar_survives_only_with_the_shim_in_it(
     lab: Lab, run: Run, loaded: Callable[[str], str], variables: dict[str, str], helps: bool
 ) -> None:
     if not (0, 15) <= tinker() <= (0, 27, 0):
@@ -335,7 +339,7 @@ FORKS = ("-W", "ignore::DeprecationWarning")
     ],
     ids=["plain", "line", "variable"],
 )
-def test_forked_before_use(
+def test_child_forked_before_use_survives_only_with_the_shim(
     lab: Lab, run: Run, loaded: Callable[[str], str], variables: dict[str, str], helps: bool
 ) -> None:
     race(lab)
@@ -378,7 +382,7 @@ train()
 
 @posix
 @pytest.mark.parametrize("child", [IDLE_CHILD, USING_CHILD], ids=["idle", "using-tinker"])
-def test_a_child_forked_after_use_ends_as_on_plain_tinker(
+def test_child_forked_after_use_ends_as_on_plain_tinker(
     make_lab: Callable[..., Lab], run: Run, child: str
 ) -> None:
     """One that uses tinker waits for ever: tinker's loop is not there."""
@@ -393,7 +397,7 @@ def test_a_child_forked_after_use_ends_as_on_plain_tinker(
 
 
 @posix
-def test_a_forked_child_does_not_tell_what_its_parent_met(lab: Lab, run: Run) -> None:
+def test_forked_child_does_not_report_the_404s_of_its_parent(lab: Lab, run: Run) -> None:
     race(lab)
     ended = run(lab, IDLE_CHILD, *FORKS, **AUTOLOAD, LEVEL="INFO")
     ended.survived("0")
@@ -435,7 +439,7 @@ print(os.waitpid(child, 0)[1])
 
 @posix
 @pytest.mark.parametrize("variables", [{}, AUTOLOAD], ids=["plain", "variable"])
-def test_forked_in_the_middle_of_an_incident(
+def test_child_forked_during_an_incident_starts_afresh(
     make_lab: Callable[..., Lab], run: Run, variables: dict[str, str]
 ) -> None:
     """The child begins anew, on a loop of its own; the parent's wait ends as it would have."""
@@ -495,6 +499,6 @@ print(os.waitpid(child, 0)[1], len(tinker_routefix.status().jobs))
 
 
 @posix
-def test_no_lock_is_held_in_a_forked_child(lab: Lab, run: Run) -> None:
+def test_forked_child_holds_no_lock_of_its_parents_threads(lab: Lab, run: Run) -> None:
     """Threads that held one in the parent are not there to let go."""
     run(lab, FORKED_UNDER_LOCKS, *FORKS).survived("0 1")

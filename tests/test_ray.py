@@ -86,7 +86,7 @@ def as_it_stands(program: str) -> str:
     ],
     ids=["plain", "line-in-the-driver", "line-in-the-task", "runtime-env", "own-cluster"],
 )
-def test_workers(
+def test_ray_workers_survive_only_with_the_shim_loaded_in_them(
     lab: Lab,
     run: Run,
     small: Callable[[str], str],

@@ -28,7 +28,7 @@ ATLAS = files.atlas()
 NEWEST = list(RELEASES)[-1]
 
 
-def test_both_files_tell_of_the_same_releases_in_the_same_order() -> None:
+def test_releases_and_atlas_list_the_same_releases_in_order() -> None:
     assert list(RELEASES) == list(ATLAS)
     assert list(RELEASES) == sorted(RELEASES, key=lambda name: [*map(int, name.split("."))])
     assert len(RELEASES) >= 75
@@ -42,32 +42,32 @@ def test_every_boundary_has_a_reason() -> None:
     assert boundaries[-1] == NEWEST
 
 
-def test_where_the_shape_changes_is_a_boundary() -> None:
+def test_release_with_another_shape_is_a_boundary() -> None:
     for before, after in itertools.pairwise(ATLAS):
         if ATLAS[before] != ATLAS[after]:
             assert RELEASES[after]["boundary"], after
 
 
-def test_the_matrix_tests_releases_that_exist() -> None:
+def test_matrix_names_only_releases_that_exist() -> None:
     assert set(readme.constant("TINKERS")) - {"newest"} <= set(RELEASES)
 
 
-def test_every_file_of_tests_is_run_by_a_session() -> None:
+def test_every_test_file_is_run_by_a_session() -> None:
     noxfile = (readme.ROOT / "noxfile.py").read_text("utf-8")
     here = [f'"tests/{path.name}"' for path in Path(__file__).parent.glob("test_*.py")]
     assert not [name for name in here if name not in noxfile]
 
 
-def test_the_readme_says_what_the_data_say() -> None:
+def test_readme_agrees_with_the_release_data() -> None:
     assert readme.README.read_text("utf-8") == readme.text(), "run `python -m tools.releases`"
 
 
 @pytest.mark.parametrize("release", ATLAS)
-def test_the_shim_fits(release: str) -> None:
+def test_shim_fits_every_release(release: str) -> None:
     assert files.misfits(ATLAS[release]) == []
 
 
-def test_the_installed_tinker_is_as_the_atlas_says() -> None:
+def test_installed_tinker_agrees_with_the_atlas() -> None:
     try:
         release = metadata.version("tinker")
     except metadata.PackageNotFoundError:
@@ -103,7 +103,9 @@ POOL = "tinker.lib.internal_client_holder:ClientConnectionPool.__init__"
         (POOL, {"assigns": ("_clients",)}, "does not assign '_constructor_kwargs'"),
     ],
 )
-def test_a_misfit_is_found(where: str, doctored: dict[str, object], said: str) -> None:
+def test_incompatible_shape_is_reported_with_its_reason(
+    where: str, doctored: dict[str, object], said: str
+) -> None:
     shapes = ATLAS[NEWEST]
     doctored_shape = dataclasses.replace(shapes[where], **doctored)  # type: ignore[arg-type]
     (misfit,) = files.misfits(shapes | {where: doctored_shape})
@@ -111,7 +113,7 @@ def test_a_misfit_is_found(where: str, doctored: dict[str, object], said: str) -
     assert said in misfit
 
 
-def test_a_place_that_is_not_there_is_a_misfit() -> None:
+def test_missing_seam_is_reported_as_incompatible() -> None:
     assert len(files.misfits({})) >= len(look.SEAMS) + len(look.ATTRIBUTES)
 
 
@@ -141,7 +143,7 @@ def later():
 }
 
 
-def test_looking_follows_bases_and_sees_what_is_missing(tmp_path: Path) -> None:
+def test_look_follows_bases_and_reports_missing_places(tmp_path: Path) -> None:
     for name, source in SOURCES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(source, "utf-8")
@@ -159,7 +161,7 @@ def test_looking_follows_bases_and_sees_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["import torch", "import os, torch.fx", "from torch import nn"])
-def test_what_is_always_imported(tmp_path: Path, source: str) -> None:
+def test_import_inside_try_is_not_needed_and_a_plain_one_is(tmp_path: Path, source: str) -> None:
     module = tmp_path / "tinker" / "lib" / "deep" / "module.py"
     module.parent.mkdir(parents=True)
     module.write_text(f"try:\n    {source}\nexcept ImportError: ...\n")
@@ -172,10 +174,10 @@ def test_what_is_always_imported(tmp_path: Path, source: str) -> None:
 
 TESTS = """
 import pytest, time
-def test_cold_race(): pass
+def test_cold_race_is_survived(): pass
 @pytest.mark.parametrize("kind", ["a", "b"])
-def test_polls_refused(kind): assert kind == "a", "the poll was lost"
-def test_off_is_off(): pytest.skip("no switch here")
+def test_poll_404_is_survived(kind): assert kind == "a", "the poll was lost"
+def test_switched_off_shim_patches_and_imports_nothing(): pytest.skip("no switch here")
 def test_unnamed(): pass
 """
 
@@ -187,11 +189,17 @@ def _pytest(tmp_path: Path, source: str, timeout: float) -> tuple[int | None, st
     return survey.run(pytest, os.environ, timeout, tmp_path / "output")
 
 
-def test_a_survey_tells_what_failed_was_skipped_and_did_not_run(tmp_path: Path) -> None:
+def test_survey_reports_failed_skipped_and_missing_tests(tmp_path: Path) -> None:
     assert _pytest(tmp_path, TESTS, 60)[0] == 1
     row = survey.Row("1.0")
-    columns = {name: survey.TINKER[name] for name in ("test_cold_race", "test_polls_refused")}
-    columns |= {"test_off_is_off": "kill switch", "test_gone": "gone"}
+    columns = {
+        name: survey.TINKER[name]
+        for name in ("test_cold_race_is_survived", "test_poll_404_is_survived")
+    }
+    columns |= {
+        "test_switched_off_shim_patches_and_imports_nothing": "kill switch",
+        "test_gone": "gone",
+    }
     row.read(tmp_path / "junit.xml", columns, survey.REST)
     assert (row.verdict, row.tests) == ("failed", 5)
     assert row.cells == {
@@ -205,14 +213,14 @@ def test_a_survey_tells_what_failed_was_skipped_and_did_not_run(tmp_path: Path) 
     assert "did not run: gone" in row.why
 
 
-def test_a_survey_ends_a_release_that_hangs(tmp_path: Path) -> None:
+def test_survey_ends_a_hanging_release_and_names_the_test(tmp_path: Path) -> None:
     hangs = "import time\ndef test_hangs(): time.sleep(600)\n"
     code, output = _pytest(tmp_path, hangs, 25)
     assert code is None
     assert output.strip().endswith("test_it.py::test_hangs"), "the last line names it"
 
 
-def test_what_differs_from_the_atlas_is_told() -> None:
+def test_shapes_that_differ_from_the_atlas_are_reported() -> None:
     then = ATLAS[NEWEST]
     now = then | {ACLIENT: look.ABSENT, REQUEST: dataclasses.replace(then[REQUEST], kind="odd")}
     told = latest.compared(now, then)
@@ -234,13 +242,13 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CliRunner:
     return CliRunner()
 
 
-def test_a_new_release_is_news_and_no_error(check: CliRunner) -> None:
+def test_unknown_release_is_reported_without_an_error(check: CliRunner) -> None:
     ended = check.invoke(index.main, ["--check"])
     assert ended.exit_code == 0, ended.output
     assert f"NEW: tinker 99.0: {ACLIENT} is not of the kind 'function': absent" in ended.output
 
 
-def test_another_fact_of_a_known_release_is_an_error(
+def test_changed_fact_of_a_known_release_is_an_error(
     check: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "atlas_text", lambda *_: "another\n")
@@ -249,7 +257,7 @@ def test_another_fact_of_a_known_release_is_an_error(
     assert "+another" in ended.output
 
 
-def test_an_index_that_cannot_be_reached_is_neither(
+def test_unreachable_index_exits_with_its_own_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def unreachable(*_: object, **__: object) -> None:

@@ -51,7 +51,7 @@ def last_words(lab: Lab, **environment: str) -> list[str]:
     return [line.partition(": ")[2] for line in done.stderr.splitlines() if line.startswith(marks)]
 
 
-def test_a_process_that_needed_help_says_so(make_lab: MakeLab) -> None:
+def test_final_report_after_a_recovered_404_counts_it(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.fault(Fault(kinds=["forward_backward"], count=2))
     (line,) = last_words(lab)
@@ -59,14 +59,14 @@ def test_a_process_that_needed_help_says_so(make_lab: MakeLab) -> None:
     exact(lab, gradients=1, optim_steps=0)
 
 
-def test_also_one_whose_warm_up_did(make_lab: MakeLab) -> None:
+def test_final_report_after_a_404_at_warm_up_counts_it(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.fault(Fault(kinds=["get_info"], count=1))
     (line,) = last_words(lab)
     assert line.startswith("met 1 gateway 404 on 1 job, all recovered, longest wait ")
 
 
-def test_and_one_that_could_not_be_helped(make_lab: MakeLab) -> None:
+def test_final_report_after_a_failed_request_counts_it(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.fault(Fault(kinds=["forward_backward"]))
     lab.control_plane.mode = "error"
@@ -75,7 +75,7 @@ def test_and_one_that_could_not_be_helped(make_lab: MakeLab) -> None:
 
 
 @pytest.mark.parametrize("switch", ["0", "1"])
-def test_one_that_needed_nothing_says_nothing(make_lab: MakeLab, switch: str) -> None:
+def test_final_report_of_a_healthy_process_is_silent(make_lab: MakeLab, switch: str) -> None:
     assert not last_words(make_lab(), TINKER_ROUTEFIX=switch)
 
 
@@ -94,11 +94,11 @@ def test_one_that_needed_nothing_says_nothing(make_lab: MakeLab, switch: str) ->
         ([Counters(refused=2)], "1 job, none recovered, longest"),
     ],
 )
-def test_what_came_of_it(counters: list[Counters], text: str) -> None:
+def test_final_report_sums_up_all_outcomes(counters: list[Counters], text: str) -> None:
     assert text in _report.report(counters, jobs=len(counters))
 
 
-def test_a_request_that_the_program_takes_back_is_counted(make_lab: MakeLab) -> None:
+def test_cancelled_request_is_counted_as_cancelled(make_lab: MakeLab) -> None:
     import asyncio
 
     lab = make_lab()
@@ -149,7 +149,9 @@ def compare(make_lab: MakeLab, plain: Plain, cured: Callable[[Lab], object]) -> 
     return lab
 
 
-def test_a_lookup_that_the_gateway_retries(make_lab: MakeLab, plain: Plain) -> None:
+def test_gateway_that_retries_its_lookup_leaves_the_shim_idle(
+    make_lab: MakeLab, plain: Plain
+) -> None:
     """It is late, and that is all."""
     lab = compare(
         make_lab,
@@ -160,7 +162,7 @@ def test_a_lookup_that_the_gateway_retries(make_lab: MakeLab, plain: Plain) -> N
 
 
 @pytest.mark.parametrize("kind", ["forward_backward", "poll"])
-def test_a_503_that_says_that_the_route_is_not_ready(
+def test_503_route_not_ready_leaves_the_shim_idle(
     make_lab: MakeLab, plain: Plain, kind: str
 ) -> None:
     lab = compare(
@@ -170,7 +172,7 @@ def test_a_503_that_says_that_the_route_is_not_ready(
     assert programs.job_of(lab).cure == ("503 route_not_ready" if kind == "poll" else None)
 
 
-def test_a_warm_up_that_meets_it_ends(make_lab: MakeLab) -> None:
+def test_warm_up_with_503_route_not_ready_ends(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.fault(Fault(kinds=["get_info", "capabilities"], answer=NOT_READY, count=3))
     train(connect(lab.base_url), 1)
@@ -179,7 +181,7 @@ def test_a_warm_up_that_meets_it_ends(make_lab: MakeLab) -> None:
     assert programs.job_of(lab).last_intervention is None
 
 
-def test_a_503_of_that_kind_releases_nobody_who_waits(make_lab: MakeLab) -> None:
+def test_503_route_not_ready_releases_no_waiter(make_lab: MakeLab) -> None:
     """It is an answer, but not one that shows that the route is there."""
     lab = make_lab()
     client = connect(lab.base_url)
@@ -192,7 +194,7 @@ def test_a_503_of_that_kind_releases_nobody_who_waits(make_lab: MakeLab) -> None
     assert programs.job_of(lab).recovered == 1
 
 
-def test_a_code_of_its_own_for_a_stale_route(make_lab: MakeLab, plain: Plain) -> None:
+def test_distinct_code_for_a_stale_route_is_survived(make_lab: MakeLab, plain: Plain) -> None:
     """An SDK that does not know the code still takes it for final, so the shim is needed."""
 
     def run(lab: Lab) -> None:
@@ -208,7 +210,7 @@ def test_a_code_of_its_own_for_a_stale_route(make_lab: MakeLab, plain: Plain) ->
     assert programs.job_of(lab).cure == "distinct code"
 
 
-def test_beside_it_a_job_that_is_gone_fails_at_once(make_lab: MakeLab, plain: Plain) -> None:
+def test_gone_job_fails_fast_and_shows_no_fixed_gateway(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> tuple[BaseException, float]:
         client = connect(lab.base_url)
         lab.end_job()
@@ -227,7 +229,7 @@ def test_beside_it_a_job_that_is_gone_fails_at_once(make_lab: MakeLab, plain: Pl
     assert programs.job_of(lab).cure is None
 
 
-def test_a_process_that_saw_a_cure_says_that_the_shim_can_go(make_lab: MakeLab) -> None:
+def test_final_report_after_503_route_not_ready_says_the_shim_can_go(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.fault(Fault(kinds=["poll"], answer=NOT_READY, count=1))
     (line,) = last_words(lab)
@@ -236,7 +238,7 @@ def test_a_process_that_saw_a_cure_says_that_the_shim_can_go(make_lab: MakeLab) 
     exact(lab, gradients=1, optim_steps=0)
 
 
-def test_and_until_when_it_is_needed(make_lab: MakeLab) -> None:
+def test_final_report_after_a_distinct_code_says_until_when_it_is_needed(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.fault(Fault(kinds=["forward_backward"], answer=STALE, count=1))
     report, retire = last_words(lab)
@@ -244,6 +246,6 @@ def test_and_until_when_it_is_needed(make_lab: MakeLab) -> None:
     assert "can go once the SDK knows that code: delete the import" in retire
 
 
-def test_a_half_cured_gateway_is_not_taken_for_a_cured_one() -> None:
+def test_half_fixed_gateway_is_not_reported_as_fixed() -> None:
     words = _report.retirement({Cure.ROUTE_NOT_READY.value}, needed=True)
     assert "can go once it does so for all, so that no 404 is met any more: delete" in words

@@ -88,7 +88,7 @@ def test_uninstall_restores_every_touched_class_exactly() -> None:
     assert (status.active, status.reason) == (False, "uninstalled")
 
 
-def test_it_is_noted_that_it_is_installed(overheard: Any) -> None:
+def test_install_emits_shim_installed_once(overheard: Any) -> None:
     tinker_routefix.uninstall()
     overheard.events.clear()
     tinker_routefix.install()
@@ -97,7 +97,7 @@ def test_it_is_noted_that_it_is_installed(overheard: Any) -> None:
     assert overheard.events == ["shim.installed"]
 
 
-def test_installing_twice_is_harmless() -> None:
+def test_second_install_wraps_nothing_again() -> None:
     tinker_routefix.install()
     once = everything()
     tinker_routefix.install()
@@ -107,7 +107,7 @@ def test_installing_twice_is_harmless() -> None:
         assert not isinstance(standing.__wrapped__, wrapt.FunctionWrapper)
 
 
-def test_installing_again_adds_no_import_hooks(mocker: Any) -> None:
+def test_reinstall_adds_no_import_hooks(mocker: Any) -> None:
     """Those for modules that never come would pile up."""
     hook = mocker.spy(wrapt, "when_imported")
     tinker_routefix.uninstall()
@@ -117,7 +117,7 @@ def test_installing_again_adds_no_import_hooks(mocker: Any) -> None:
     assert states() == {"ours"}
 
 
-def test_what_is_asked_of_the_wrapped_functions_is_answered_as_before() -> None:
+def test_wrapped_functions_keep_their_kind_and_signature() -> None:
     future = tinker.lib.api_future_impl._APIFuture
     pool: Any = tinker.lib.internal_client_holder.ClientConnectionPool
     assert inspect.iscoroutinefunction(future._result_async)
@@ -139,7 +139,7 @@ def test_what_is_asked_of_the_wrapped_functions_is_answered_as_before() -> None:
         if how != "parameters" or seam.parameters
     ],
 )
-def test_no_half_patch(
+def test_install_with_a_missing_seam_patches_nothing_and_warns(
     monkeypatch: pytest.MonkeyPatch, settings: Any, seam: _seams.Seam, how: str
 ) -> None:
     """A release without one of the seams is left alone, with one warning that names it."""
@@ -181,7 +181,7 @@ def test_no_half_patch(
         ("aclient", "_coroutine", "ClientConnectionPool.aclient is not a plain function"),
     ],
 )
-def test_what_does_not_fit_is_said(
+def test_install_with_an_incompatible_seam_gives_the_reason(
     monkeypatch: pytest.MonkeyPatch, name: str, instead: str, reason: str
 ) -> None:
     tinker_routefix.uninstall()
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_said(
     tinker_routefix.uninstall()
 
 
-def test_what_was_wrapped_is_undone_when_the_last_seam_refuses(
+def test_install_failing_at_the_last_seam_undoes_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tinker_routefix.uninstall()
@@ -222,7 +222,7 @@ async def _coroutine() -> None:
     """A coroutine function, without parameters."""
 
 
-def test_an_import_is_not_disturbed_even_where_warnings_are_errors(settings: Any) -> None:
+def test_failed_install_with_warnings_as_errors_does_not_raise(settings: Any) -> None:
     tinker_routefix.uninstall()
     settings(strict=False)
     pool = OWNERS["ClientConnectionPool.aclient"]
@@ -237,7 +237,7 @@ def test_an_import_is_not_disturbed_even_where_warnings_are_errors(settings: Any
         pool.aclient = aclient
 
 
-def test_someone_on_top_of_us_stays_and_we_pass_through(lab: Lab) -> None:
+def test_uninstall_below_a_foreign_wrapper_passes_through(lab: Lab) -> None:
     from tests import programs
 
     future = OWNERS["_APIFuture._result_async"]
@@ -272,7 +272,7 @@ def test_someone_on_top_of_us_stays_and_we_pass_through(lab: Lab) -> None:
         tinker_routefix.install()
 
 
-def test_a_seam_that_someone_replaces_is_wrapped_again_at_connect(lab: Lab, overheard: Any) -> None:
+def test_replaced_seam_is_wrapped_again_at_connect(lab: Lab, overheard: Any) -> None:
     from tests import programs
 
     future = OWNERS["_APIFuture._result_async"]
@@ -296,7 +296,7 @@ def test_a_seam_that_someone_replaces_is_wrapped_again_at_connect(lab: Lab, over
     future._result_async = ours.__wrapped__
 
 
-def test_a_request_that_was_given_up_on_below_is_not_taken_up_again(lab: Lab) -> None:
+def test_request_given_up_by_an_inner_wrapper_is_not_retried_again(lab: Lab) -> None:
     """Someone put a function on our first wrapper, and we wrapped that one again."""
     from tests import programs
 
@@ -322,7 +322,7 @@ def test_a_request_that_was_given_up_on_below_is_not_taken_up_again(lab: Lab) ->
         del client.request
 
 
-def test_who_is_connecting_when_the_shim_goes_is_still_helped(lab: Lab) -> None:
+def test_uninstall_during_a_connect_lets_it_finish(lab: Lab) -> None:
     """And from then on nothing is patched."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -345,7 +345,7 @@ def test_who_is_connecting_when_the_shim_goes_is_still_helped(lab: Lab) -> None:
         programs.train(client)
 
 
-def test_a_seam_that_cannot_be_wrapped_again_is_said_once(lab: Lab, overheard: Any) -> None:
+def test_replaced_seam_that_cannot_be_wrapped_is_reported_once(lab: Lab, overheard: Any) -> None:
     from tests import programs
 
     future = OWNERS["_APIFuture._result_async"]
@@ -368,7 +368,7 @@ def test_a_seam_that_cannot_be_wrapped_again_is_said_once(lab: Lab, overheard: A
         future._result_async = ours
 
 
-def test_a_stack_that_stays_flat(lab: Lab) -> None:
+def test_call_stack_stays_flat_over_many_requests(lab: Lab) -> None:
     """Five thousand requests through one client, and no chain that grows."""
     from tests import programs
 
@@ -437,14 +437,14 @@ CONNECT_BY_NAME = (
     ],
     ids=["before", "after", "after-from-import", "after-a-submodule", "before-a-submodule"],
 )
-def test_import_order(imports: str, connect: str) -> None:
+def test_shim_works_in_any_import_order(imports: str, connect: str) -> None:
     ended = run_python(PROGRAM.format(imports=imports, connect=connect))
     assert (ended.stdout, ended.returncode) == ("survived", 0), ended.stderr
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("word", ["0", " OFF "])
-def test_off_is_off(word: str) -> None:
+def test_switched_off_shim_patches_and_imports_nothing(word: str) -> None:
     """Nothing patched, nothing heavy imported, and a 404 is final."""
     ended = run_python(
         """
@@ -474,7 +474,7 @@ os._exit(0)
     assert (ended.stdout, ended.returncode) == ("crashed", 0), ended.stderr
 
 
-def test_the_import_loads_neither_tinker_nor_what_is_only_needed_in_a_race() -> None:
+def test_import_of_the_shim_loads_no_heavy_package() -> None:
     ended = run_python(
         "import sys, tinker_routefix\n"
         "loaded = {'tinker', 'httpx', 'tenacity', 'pydantic'} & set(sys.modules)\n"
@@ -492,7 +492,7 @@ def test_bad_settings_are_refused_at_import() -> None:
     assert "yes" in ended.stderr
 
 
-def test_a_forked_child_starts_anew() -> None:
+def test_forked_child_starts_without_jobs_or_held_locks() -> None:
     ended = run_python(
         """
 import os, threading, tinker_routefix, tinker, warnings
@@ -547,7 +547,7 @@ def in_front(directory: Path) -> str:
     return os.pathsep.join(filter(None, (str(directory), os.environ.get("PYTHONPATH"))))
 
 
-def test_a_job_manager_is_asked_where_its_control_plane_is(tmp_path: Path) -> None:
+def test_job_manager_gives_its_control_plane_while_it_lives(tmp_path: Path) -> None:
     """For as long as the program keeps it, with its headers."""
     ended = run_python(
         """
@@ -569,7 +569,7 @@ assert vars(trainer.TrainerJobManager)["__init__"].__class__.__name__ == "functi
     assert ended.returncode == 0, ended.stderr
 
 
-def test_a_release_without_a_job_manager_is_not_worth_a_warning(tmp_path: Path) -> None:
+def test_release_without_a_job_manager_causes_no_warning(tmp_path: Path) -> None:
     ended = run_python(
         """
 import warnings
@@ -594,7 +594,7 @@ assert tinker_routefix.status().seams[-1].state == "ours"
     assert ended.returncode == 0, ended.stderr
 
 
-def test_a_copy_of_tinker_that_does_not_fit_leaves_tinker_patched(tmp_path: Path) -> None:
+def test_incompatible_copy_of_tinker_leaves_tinker_patched(tmp_path: Path) -> None:
     """And where no distribution says which release it is, the warning says that."""
     core = "fireworks.training.sdk._core"
     fireworks(tmp_path, f"{core}._client", "")
@@ -623,7 +623,7 @@ assert "copy of tinker" in tinker_routefix.status().reason
     assert ended.returncode == 0, ended.stderr
 
 
-def test_without_metadata_the_warning_still_has_words(mocker: Any) -> None:
+def test_warning_without_metadata_still_has_release_and_tracker(mocker: Any) -> None:
     """Where the shim was put on the path, and not installed."""
     missing = metadata.PackageNotFoundError("tinker")
     mocker.patch("importlib.metadata.version", side_effect=missing)
@@ -632,7 +632,7 @@ def test_without_metadata_the_warning_still_has_words(mocker: Any) -> None:
     assert _seams._tracker() == "the shim's issue tracker"
 
 
-def test_the_shim_leaves_asyncio_alone() -> None:
+def test_shim_leaves_asyncio_unpatched() -> None:
     async def program() -> str:
         await asyncio.sleep(0)
         return asyncio.get_running_loop().__class__.__name__

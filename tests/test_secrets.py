@@ -57,7 +57,7 @@ def with_credentials(url: str, *, query: bool = False) -> str:
 
 
 @pytest.mark.parametrize("secret", CANARIES.values(), ids=CANARIES)
-def test_a_secret_is_found_in_any_spelling(secret: str) -> None:
+def test_leak_check_finds_a_secret_in_any_encoding(secret: str) -> None:
     for before in ("", "x", "xy", "user:"):
         for text in (secret, secret.upper(), f"({secret!r})", f"<{secret}>"):
             assert leaks(f"{before}{text}")
@@ -155,7 +155,7 @@ def send_it_away_in_base64(foreign: Listener) -> None:
         ("foreign origin", send_it_away_in_base64),
     ],
 )
-def test_a_leak_is_noticed(
+def test_leak_in_each_channel_is_noticed(
     overheard: Overheard, foreign: Listener, way: str, leak: Callable[..., None]
 ) -> None:
     takes_it_away = leak.__code__.co_argcount
@@ -168,7 +168,7 @@ def test_a_leak_is_noticed(
 
 
 @pytest.mark.parametrize("shown", ["job", "counter", "answer", "address"])
-def test_a_leak_in_what_the_shim_shows_is_noticed(
+def test_leak_in_status_is_noticed(
     overheard: Overheard, monkeypatch: pytest.MonkeyPatch, shown: str
 ) -> None:
     async def look() -> list[str]:
@@ -189,7 +189,7 @@ def test_a_leak_in_what_the_shim_shows_is_noticed(
     monkeypatch.undo()
 
 
-def test_what_the_program_sends_is_its_own_affair(overheard: Overheard) -> None:
+def test_request_of_the_program_itself_is_no_leak(overheard: Overheard) -> None:
     """httpx prints every URL that it is given, and tinker gives it the base URL as it is."""
     with Listener() as listener:
         httpx.get(f"{listener.url}/{CANARY}")
@@ -210,7 +210,7 @@ def test_logs():
 """
 
 
-def test_the_watch_is_kept_over_every_test(overheard: Overheard, tmp_path: Any) -> None:
+def test_leak_fails_the_test_in_which_it_happened(overheard: Overheard, tmp_path: Any) -> None:
     """A leak fails the test in which it happened, also one that did nothing but print."""
     (tmp_path / "test_leaky.py").write_text(LEAKY, encoding="utf-8")
     options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-q", "-rE", "-c", "/dev/null"]
@@ -227,7 +227,7 @@ def test_the_watch_is_kept_over_every_test(overheard: Overheard, tmp_path: Any) 
 
 @pytest.mark.core
 @pytest.mark.parametrize("transport", ["httpx", "pyqwest"])
-def test_a_base_url_with_credentials_is_never_printed(
+def test_base_url_credentials_are_never_printed(
     make_lab: MakeLab, overheard: Overheard, transport: str
 ) -> None:
     """Through everything that the shim has to say, from connecting to failing fast."""
@@ -250,7 +250,7 @@ def test_a_base_url_with_credentials_is_never_printed(
     assert len(set(sent)) == 1, "the probes are let in like all else"
 
 
-def test_a_token_in_the_query_is_never_printed(make_lab: MakeLab, overheard: Overheard) -> None:
+def test_token_in_the_query_is_never_printed(make_lab: MakeLab, overheard: Overheard) -> None:
     """Such a base URL leads nowhere in plain tinker either: the path ends up in the query."""
     lab = make_lab()
     with pytest.raises(tinker.APIError):
@@ -281,9 +281,7 @@ def test_keys_in_default_headers_go_to_the_control_plane_only(make_lab: MakeLab)
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See", "307 Temp", "308 Perm"])
 @pytest.mark.parametrize("to", ["{url}", "//{host}", "http://me:there@{host}"])
-def test_a_redirect_of_the_control_plane_is_not_followed(
-    foreign: Listener, status: str, to: str
-) -> None:
+def test_control_plane_redirect_is_not_followed(foreign: Listener, status: str, to: str) -> None:
     where = to.format(url=foreign.url, host=foreign.url.removeprefix("http://"))
     headers = f"Location: {where}/v1/accounts/acct/rlorTrainerJobs/job-1\r\n".encode()
     with Listener(http(b"", status, headers)) as listener:
@@ -293,7 +291,7 @@ def test_a_redirect_of_the_control_plane_is_not_followed(
 
 
 @pytest.mark.core
-def test_a_redirect_of_a_probe_is_not_followed(make_lab: MakeLab, foreign: Listener) -> None:
+def test_probe_redirect_is_not_followed(make_lab: MakeLab, foreign: Listener) -> None:
     lab = make_lab()
     away = HttpAnswer(307, b"", headers={"Location": f"{foreign.url}/elsewhere"})
     # The three of the warm-up; what the program asks afterwards is tinker's.
@@ -303,7 +301,7 @@ def test_a_redirect_of_a_probe_is_not_followed(make_lab: MakeLab, foreign: Liste
     assert not foreign.heard
 
 
-def test_links_in_bodies_are_not_followed(foreign: Listener) -> None:
+def test_links_in_a_control_plane_answer_are_not_followed(foreign: Listener) -> None:
     headers = f'Link: <{foreign.url}>; rel="next"\r\nRefresh: 0; url={foreign.url}\r\n'
     headers += f'Content-Location: {foreign.url}\r\nAlt-Svc: http/1.1="{foreign.url}"\r\n'
     body = b'{"next": "%s", "state": "JOB_STATE_RUNNING"}' % foreign.url.encode()
@@ -313,7 +311,7 @@ def test_links_in_bodies_are_not_followed(foreign: Listener) -> None:
     assert not foreign.heard
 
 
-def test_proxies_and_netrc_of_the_environment_are_not_used(
+def test_environment_proxies_and_netrc_are_not_used(
     foreign: Listener, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login {USER} password {PASSWORD}")
@@ -340,14 +338,14 @@ def test_proxies_and_netrc_of_the_environment_are_not_used(
     ],
     ids=range(5),
 )
-def test_a_control_plane_that_repeats_the_key_is_not_repeated(body: bytes) -> None:
+def test_key_echoed_by_the_control_plane_is_not_repeated(body: bytes) -> None:
     with Listener(http(body)) as listener:
         answer = ask(Job(listener.url, "acct", "job-1"))
     assert answer.state is JobState.UNKNOWN
     assert not leaks(repr(answer))
 
 
-def test_a_failure_of_the_shim_is_logged_without_its_text(overheard: Overheard) -> None:
+def test_failure_of_the_shim_is_logged_without_its_text(overheard: Overheard) -> None:
     _log.own_failure("testing", RuntimeError(with_credentials("https://api.example")), strict=False)
     assert "shim.failed" in overheard.events
 
@@ -384,7 +382,7 @@ NOT_ASKED = "not asked, because its URL is not https"
     ],
 )
 @pytest.mark.parametrize("by", ["settings", "manager"])
-def test_https_or_all_of_it_on_loopback(
+def test_control_plane_is_asked_only_over_https_or_on_loopback(
     settings: Change,
     monkeypatch: pytest.MonkeyPatch,
     mocker: Any,
@@ -413,7 +411,7 @@ def test_https_or_all_of_it_on_loopback(
 
 
 @pytest.mark.parametrize("root", ["http://api.example", "ftp://api.example", "api.example", ""])
-def test_a_manager_that_asks_over_http_is_not_imitated(
+def test_insecure_control_plane_of_a_manager_is_not_asked(
     monkeypatch: pytest.MonkeyPatch, overheard: Overheard, root: str
 ) -> None:
     monkeypatch.setattr(_control_plane, "_known", {})
@@ -430,7 +428,7 @@ def test_a_manager_that_asks_over_http_is_not_imitated(
     assert overheard.events.count("control_plane.not_asked") == 1
 
 
-def test_a_managers_url_with_credentials_is_asked_without(
+def test_managers_url_is_asked_without_its_credentials(
     monkeypatch: pytest.MonkeyPatch, overheard: Overheard
 ) -> None:
     monkeypatch.setattr(_control_plane, "_known", {})
@@ -446,7 +444,9 @@ def test_a_managers_url_with_credentials_is_asked_without(
     monkeypatch.undo()
 
 
-def test_it_is_said_when_the_first_client_connects(settings: Change, overheard: Overheard) -> None:
+def test_insecure_control_plane_warns_at_the_first_connect(
+    settings: Change, overheard: Overheard
+) -> None:
     settings(strict=False)
     with pytest.warns(RoutefixWarning, match=r"http://gateway\.example is not https") as warned:
         ControlPlane(Job("http://gateway.example", "acct", "job-1"))
@@ -454,7 +454,7 @@ def test_it_is_said_when_the_first_client_connects(settings: Change, overheard: 
     assert "TINKER_ROUTEFIX_CONTROL_PLANE_URL" in message
 
 
-def test_strict_refuses_to_connect(settings: Change) -> None:
+def test_insecure_control_plane_with_strict_refuses_to_connect(settings: Change) -> None:
     """Before one request is sent: nothing listens there."""
     settings(control_plane_url="http://127.0.0.1:8080")
     with pytest.raises(SettingError) as caught:
@@ -480,7 +480,7 @@ def test_strict_refuses_to_connect(settings: Change) -> None:
         (CANARY, "(hidden)"),
     ],
 )
-def test_a_configured_url_is_refused_without_what_is_secret(url: str, shown: str) -> None:
+def test_refused_url_hides_its_secrets(url: str, shown: str) -> None:
     variable = "TINKER_ROUTEFIX_CONTROL_PLANE_URL"
     with pytest.raises(SettingError) as refused:
         Settings.from_environment({variable: url})
@@ -489,7 +489,7 @@ def test_a_configured_url_is_refused_without_what_is_secret(url: str, shown: str
         Settings().replace(control_plane_url=url)
 
 
-def test_a_refused_import_does_not_print_it() -> None:
+def test_url_refused_at_import_is_printed_without_its_secrets() -> None:
     url = with_credentials("https://api.example", query=True)
     ended = run_python("import tinker_routefix", TINKER_ROUTEFIX_CONTROL_PLANE_URL=url)
     assert ended.returncode == 1

@@ -17,13 +17,13 @@ VARIABLES = {field.metadata["variable"]: field for field in dataclasses.fields(S
 
 
 @pytest.mark.parametrize("word", ON_WORDS + OFF_WORDS)
-def test_switch_words(word: str) -> None:
+def test_switch_accepts_every_on_and_off_word(word: str) -> None:
     for text in (word, word.upper(), f" {word.title()} "):
         assert parse_switch("X", text) is (word in ON_WORDS)
 
 
 @pytest.mark.parametrize("text", ["2", "maybe", "yess", "enable", "none", "-1"])
-def test_anything_else_is_refused_with_the_accepted_words(text: str) -> None:
+def test_switch_with_another_word_is_refused_and_lists_those_accepted(text: str) -> None:
     with pytest.raises(SettingError) as caught:
         parse_switch("TINKER_ROUTEFIX", text)
     message = str(caught.value)
@@ -32,7 +32,7 @@ def test_anything_else_is_refused_with_the_accepted_words(text: str) -> None:
     assert all(word in message for word in ON_WORDS + OFF_WORDS)
 
 
-def test_defaults() -> None:
+def test_settings_of_an_empty_environment_are_the_defaults() -> None:
     assert Settings.from_environment({}) == Settings(
         enabled=True,
         strict=False,
@@ -50,7 +50,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_empty_is_unset(variable: str) -> None:
+def test_empty_variable_counts_as_unset(variable: str) -> None:
     assert Settings.from_environment({variable: "  "}) == Settings()
 
 
@@ -71,7 +71,7 @@ def test_empty_is_unset(variable: str) -> None:
         ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://[::1]:81", "http://[::1]:81"),
     ],
 )
-def test_good_values(variable: str, text: str, value: object) -> None:
+def test_valid_value_is_read_and_normalised(variable: str, text: str, value: object) -> None:
     read = Settings.from_environment({variable: text})
     assert getattr(read, VARIABLES[variable].name) == value
 
@@ -94,7 +94,7 @@ def test_good_values(variable: str, text: str, value: object) -> None:
         ("TINKER_ROUTEFIX_MATCH", "pod"),
     ],
 )
-def test_bad_values_are_refused_by_name_and_value(variable: str, text: str) -> None:
+def test_invalid_value_is_refused_by_name_and_value(variable: str, text: str) -> None:
     with pytest.raises(SettingError) as caught:
         Settings.from_environment({variable: text})
     assert f"{variable}={text!r}" in str(caught.value)
@@ -127,18 +127,18 @@ def test_bad_values_are_refused_by_name_and_value(variable: str, text: str) -> N
         "secret-key",
     ],
 )
-def test_a_bad_url_is_refused_and_not_repeated(url: str) -> None:
+def test_invalid_url_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(SettingError, match="https URL") as caught:
         Settings.from_environment({"TINKER_ROUTEFIX_CONTROL_PLANE_URL": url})
     assert "secret-key" not in str(caught.value)
 
 
-def test_a_refused_url_is_named_by_its_host() -> None:
+def test_refused_url_is_named_by_its_host() -> None:
     with pytest.raises(SettingError, match=r"CONTROL_PLANE_URL='http://api\.example:81' is not"):
         Settings.from_environment({"TINKER_ROUTEFIX_CONTROL_PLANE_URL": "http://API.example:81/v2"})
 
 
-def test_a_misspelt_name_is_said() -> None:
+def test_misspelt_variable_warns() -> None:
     with pytest.warns(tinker_routefix.RoutefixWarning, match="TINKER_ROUTEFIX_MAX_REPLAY "):
         Settings.from_environment({"TINKER_ROUTEFIX_MAX_REPLAY": "3"})
 
@@ -150,7 +150,7 @@ def unconnected(mocker: Any) -> None:
 
 
 @pytest.mark.usefixtures("unconnected")
-def test_configure_overrides() -> None:
+def test_configure_changes_the_current_settings() -> None:
     tinker_routefix.configure(retry_budget=60, control_plane_url=None, strict="no")
     assert _settings.current().retry_budget == 60
     assert _settings.current().strict is False
@@ -158,24 +158,24 @@ def test_configure_overrides() -> None:
 
 @pytest.mark.usefixtures("unconnected")
 @pytest.mark.parametrize("bad", [{"retry_budget": True}, {"max_replays": 2.5}, {"strict": 3}])
-def test_configure_checks_values(bad: dict[str, Any]) -> None:
+def test_configure_with_an_invalid_value_raises_setting_error(bad: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(bad))):
         tinker_routefix.configure(**bad)
 
 
 @pytest.mark.usefixtures("unconnected")
 @pytest.mark.parametrize("name", ["retries", "enabled"])
-def test_configure_checks_names(name: str) -> None:
+def test_configure_with_an_unknown_name_raises_type_error(name: str) -> None:
     with pytest.raises(TypeError, match="retry_budget"):
         tinker_routefix.configure(**{name: 1})
 
 
-def test_settings_are_frozen() -> None:
+def test_settings_attributes_are_read_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         _settings.current().strict = True  # type: ignore[misc]
 
 
-def test_the_readme_lists_every_setting_with_its_default() -> None:
+def test_readme_lists_every_setting_with_its_default() -> None:
     from pathlib import Path
 
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -47,7 +47,7 @@ def outcome(run: Callable[[], object]) -> tuple[str, str]:
     ],
 )
 @pytest.mark.parametrize("where", ["submission", "poll"])
-def test_a_job_that_does_not_run_fails_at_once(
+def test_request_to_a_job_not_running_fails_fast(
     make_lab: MakeLab, plain: Plain, state: str, mode: Any, said: str, where: str
 ) -> None:
     def run(lab: Lab) -> tuple[BaseException, float]:
@@ -83,7 +83,7 @@ def test_a_job_that_does_not_run_fails_at_once(
 
 
 @pytest.mark.long
-def test_the_telemetry_of_a_job_that_is_gone_holds_nobody(make_lab: MakeLab, plain: Any) -> None:
+def test_telemetry_of_a_gone_job_does_not_delay_the_error(make_lab: MakeLab, plain: Any) -> None:
     """Before 0.38 a fatal error waits 30 s for telemetry that is refused like all else."""
 
     def run(lab: Lab) -> float:
@@ -104,7 +104,7 @@ def test_the_telemetry_of_a_job_that_is_gone_holds_nobody(make_lab: MakeLab, pla
     assert programs.job_of(lab).telemetry_dropped >= (1 if drains else 0)
 
 
-def test_nor_where_another_client_gets_through_meanwhile(
+def test_error_is_not_delayed_while_another_client_gets_through(
     make_lab: MakeLab, settings: Callable[..., None]
 ) -> None:
     """Where replicas differ, an answer to one is no reason to hold another one's crash."""
@@ -131,7 +131,9 @@ def test_nor_where_another_client_gets_through_meanwhile(
 
 
 @pytest.mark.parametrize("mode", ["drop", "hang", "rubbish", "error", "slow_drip", "redirect"])
-def test_a_control_plane_that_cannot_tell(make_lab: MakeLab, plain: Plain, mode: Any) -> None:
+def test_request_fails_fast_when_control_plane_cannot_tell(
+    make_lab: MakeLab, plain: Plain, mode: Any
+) -> None:
     def run(lab: Lab) -> BaseException:
         client = connect(lab.base_url)
         lab.stale(float("inf"))
@@ -149,7 +151,7 @@ def test_a_control_plane_that_cannot_tell(make_lab: MakeLab, plain: Plain, mode:
 
 
 @pytest.mark.long
-def test_404_for_good_though_the_job_runs(make_lab: MakeLab) -> None:
+def test_persistent_404_of_a_running_job_gives_up_after_four_replays(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
     lab.stale(float("inf"))
@@ -160,7 +162,7 @@ def test_404_for_good_though_the_job_runs(make_lab: MakeLab) -> None:
     assert programs.job_of(lab).given_up == 1
 
 
-def test_a_poll_gives_up_with_tinkers_own_error(
+def test_poll_that_gives_up_raises_tinkers_error(
     make_lab: MakeLab, plain: Plain, settings: Callable[..., None]
 ) -> None:
     def run(lab: Lab) -> BaseException:
@@ -183,7 +185,9 @@ def test_a_poll_gives_up_with_tinkers_own_error(
 # --- The pod's own 404s ------------------------------------------------------------------
 
 
-def test_a_missing_checkpoint_is_the_pods_answer(make_lab: MakeLab, plain: Plain) -> None:
+def test_pod_404_for_a_missing_checkpoint_is_raised_at_once(
+    make_lab: MakeLab, plain: Plain
+) -> None:
     def run(lab: Lab) -> tuple[str, str]:
         client = connect(lab.base_url)
         return outcome(lambda: programs.load(client, "tinker://nowhere/weights/nothing"))
@@ -199,7 +203,7 @@ def test_a_missing_checkpoint_is_the_pods_answer(make_lab: MakeLab, plain: Plain
 
 
 @pytest.mark.core
-def test_an_unknown_future_is_the_pods_answer(make_lab: MakeLab, plain: Plain) -> None:
+def test_pod_404_for_an_unknown_future_is_raised_at_once(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> tuple[str, str]:
         client = connect(lab.base_url)
         lost = Answer(404, {"detail": "Future not found"})
@@ -216,7 +220,7 @@ def test_an_unknown_future_is_the_pods_answer(make_lab: MakeLab, plain: Plain) -
 
 
 @pytest.mark.parametrize("missing", ["config", "dynamic_config"])
-def test_a_missing_config_endpoint_is_the_pods_answer(
+def test_pod_404_for_a_missing_config_endpoint_is_left_to_tinker(
     make_lab: MakeLab, plain: Plain, missing: str
 ) -> None:
     def run(lab: Lab) -> tuple[str, str]:
@@ -230,7 +234,7 @@ def test_a_missing_config_endpoint_is_the_pods_answer(
     assert lab.control_plane.questions == 0
 
 
-def test_every_404_is_asked_about_where_the_settings_say_so(
+def test_pod_404_with_match_any_is_asked_about(
     make_lab: MakeLab, settings: Callable[..., None]
 ) -> None:
     settings(match="any", retry_budget=2)
@@ -247,7 +251,9 @@ def test_every_404_is_asked_about_where_the_settings_say_so(
 
 @pytest.mark.parametrize("status", [400, 401, 403, 409, 422, 429, 500, 503])
 @pytest.mark.parametrize("kind", ["optim_step", "poll:optim_step"])
-def test_other_errors_are_tinkers(make_lab: MakeLab, plain: Plain, status: int, kind: str) -> None:
+def test_other_error_status_is_left_to_tinker(
+    make_lab: MakeLab, plain: Plain, status: int, kind: str
+) -> None:
     def run(lab: Lab) -> tuple[tuple[str, str], int, int]:
         client = connect(lab.base_url)
         answer = Answer(status, {"detail": "the lab says no"})
@@ -263,7 +269,7 @@ def test_other_errors_are_tinkers(make_lab: MakeLab, plain: Plain, status: int, 
 
 
 @pytest.mark.core
-def test_another_base_url_is_not_touched(make_lab: MakeLab, plain: Plain) -> None:
+def test_client_with_another_base_url_is_not_touched(make_lab: MakeLab, plain: Plain) -> None:
     """Not one request more, and the gateway's own 404 is as final as in plain tinker."""
 
     def run(lab: Lab) -> tuple[tuple[str, str], list[str]]:
@@ -283,7 +289,7 @@ def test_another_base_url_is_not_touched(make_lab: MakeLab, plain: Plain) -> Non
 
 
 @pytest.mark.parametrize("kind", ["heartbeat", "telemetry"])
-def test_background_calls_are_left_alone(make_lab: MakeLab, kind: str) -> None:
+def test_background_call_refused_by_gateway_is_left_to_tinker(make_lab: MakeLab, kind: str) -> None:
     if kind == "heartbeat" and not hasattr(ClientConnectionPoolType, "SESSION"):
         pytest.skip("tinker before 0.3.0 has no session and sends no heartbeat")
     lab = make_lab()
@@ -307,7 +313,7 @@ ELSEWHERE = "/training/v1/rlorTrainerJobs/lab/job-9/api/v1/optim_step"
 """Another job's route, which the lab's gateway does not know."""
 
 
-def test_a_redirect_elsewhere_is_not_ours(make_lab: MakeLab) -> None:
+def test_404_after_a_redirect_elsewhere_is_left_to_tinker(make_lab: MakeLab) -> None:
     """A download that a redirect took to a store: its 404 says nothing of the route."""
     # The other transport follows redirects by itself and does not tell.
     lab = make_lab(config={"use_pyqwest_transport": False})
@@ -322,7 +328,7 @@ def test_a_redirect_elsewhere_is_not_ours(make_lab: MakeLab) -> None:
 # --- Callers that do not want to wait ----------------------------------------------------
 
 
-def test_a_timeout_of_the_callers_ends_the_wait(make_lab: MakeLab) -> None:
+def test_timeout_of_the_caller_ends_the_wait(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
     lab.fault(Fault(kinds=["poll:forward_backward"]))
@@ -336,7 +342,7 @@ def test_a_timeout_of_the_callers_ends_the_wait(make_lab: MakeLab) -> None:
 
 
 @pytest.mark.parametrize("kind", ["poll:forward_backward", "forward_backward"])
-def test_cancelling_ends_the_wait(make_lab: MakeLab, kind: str) -> None:
+def test_cancelled_request_is_not_sent_again(make_lab: MakeLab, kind: str) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
     lab.fault(Fault(kinds=[kind]))
@@ -358,7 +364,7 @@ def test_cancelling_ends_the_wait(make_lab: MakeLab, kind: str) -> None:
     assert lab.count(kind, refused=True) == refused, "a cancelled request goes on being sent"
 
 
-def test_cancelling_while_the_control_plane_is_asked(
+def test_cancelling_during_a_control_plane_question_ends_the_wait(
     make_lab: MakeLab, settings: Callable[..., None]
 ) -> None:
     settings(control_plane_timeout=60)

@@ -39,7 +39,7 @@ def crashes(lab: Lab, run: Callable[[Lab], object]) -> BaseException:
 
 
 @pytest.mark.core
-def test_cold_race(make_lab: MakeLab, plain: Plain) -> None:
+def test_cold_race_is_survived(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> None:
         lab.stale(6)
         train(connect(lab.base_url), 3)
@@ -54,7 +54,7 @@ def test_cold_race(make_lab: MakeLab, plain: Plain) -> None:
 
 
 @pytest.mark.long
-def test_replicas_heal_one_after_the_other(make_lab: MakeLab, plain: Plain) -> None:
+def test_replicas_healing_one_after_another_are_survived(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> None:
         for replica, seconds in enumerate((2, 5, 9)):
             lab.stale(seconds, replica)
@@ -67,7 +67,9 @@ def test_replicas_heal_one_after_the_other(make_lab: MakeLab, plain: Plain) -> N
     exact(lab, gradients=5, optim_steps=5)
 
 
-def test_404s_between_connect_and_the_first_step(make_lab: MakeLab, plain: Plain) -> None:
+def test_404s_after_model_creation_are_waited_out_by_the_warm_up(
+    make_lab: MakeLab, plain: Plain
+) -> None:
     """The model is made, then the route is gone: nothing that tinker sends would notice."""
 
     def run(lab: Lab) -> None:
@@ -95,7 +97,7 @@ def test_404s_between_connect_and_the_first_step(make_lab: MakeLab, plain: Plain
     assert not first_work.refused, "the warm-up has to hold the program back"
 
 
-def test_a_warm_up_takes_three_answers_over_three_connections(make_lab: MakeLab) -> None:
+def test_warm_up_takes_three_answers_over_three_connections(make_lab: MakeLab) -> None:
     lab = make_lab(replicas=3)
     connect(lab.base_url)
     probes = [e for e in lab.exchanges if e.kind == "get_info"][:3]
@@ -105,7 +107,7 @@ def test_a_warm_up_takes_three_answers_over_three_connections(make_lab: MakeLab)
 
 
 @pytest.mark.parametrize("mode", ["hang", "drop", "rubbish", "error", "unauthorized", "redirect"])
-def test_connecting_waits_though_the_control_plane_cannot_tell(
+def test_connect_waits_when_control_plane_cannot_tell(
     make_lab: MakeLab, settings: Callable[..., None], mode: Any
 ) -> None:
     settings(control_plane_timeout=1)
@@ -116,7 +118,7 @@ def test_connecting_waits_though_the_control_plane_cannot_tell(
     exact(lab, gradients=1, optim_steps=1)
 
 
-def test_connecting_waits_for_a_job_on_its_way(make_lab: MakeLab) -> None:
+def test_connect_waits_for_a_starting_job(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.control_plane.state = "JOB_STATE_CREATING"
     lab.stale(3)
@@ -124,7 +126,7 @@ def test_connecting_waits_for_a_job_on_its_way(make_lab: MakeLab) -> None:
     exact(lab, gradients=1, optim_steps=1)
 
 
-def test_connecting_to_a_gone_job_fails_at_once(make_lab: MakeLab) -> None:
+def test_connect_to_a_gone_job_fails_fast(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.end_job(mode="missing")
     with programs.took(0, 10), pytest.raises(tinker.NotFoundError) as caught:
@@ -132,7 +134,7 @@ def test_connecting_to_a_gone_job_fails_at_once(make_lab: MakeLab) -> None:
     assert "there is no such job" in programs.notes(caught.value)
 
 
-def test_connecting_gives_up_when_its_budget_is_spent(
+def test_connect_with_persistent_404_gives_up_after_its_budget(
     make_lab: MakeLab, settings: Callable[..., None]
 ) -> None:
     settings(warmup_timeout=3)
@@ -144,7 +146,7 @@ def test_connecting_gives_up_when_its_budget_is_spent(
     assert programs.job_of(lab).given_up >= 1
 
 
-def test_the_warm_up_gives_up_with_a_timeout(
+def test_warm_up_with_persistent_404_raises_timeout(
     make_lab: MakeLab, settings: Callable[..., None]
 ) -> None:
     settings(warmup_timeout=3)
@@ -155,7 +157,7 @@ def test_the_warm_up_gives_up_with_a_timeout(
     assert isinstance(programs.gateway_404(caught.value), tinker.NotFoundError)
 
 
-def test_another_error_ends_the_warm_up_quietly(make_lab: MakeLab, overheard: Any) -> None:
+def test_warm_up_with_another_error_ends_quietly(make_lab: MakeLab, overheard: Any) -> None:
     lab = make_lab()
     # Three probes get it; the get_info that 0.38 sends afterwards is answered.
     lab.fault(Fault(kinds=["get_info"], at="pod", count=3, answer=Answer(500, {"detail": "no"})))
@@ -169,7 +171,7 @@ def test_another_error_ends_the_warm_up_quietly(make_lab: MakeLab, overheard: An
 
 @pytest.mark.core
 @pytest.mark.parametrize("subject", ["forward_backward", "optim_step"])
-def test_polls_refused(make_lab: MakeLab, plain: Plain, subject: str) -> None:
+def test_poll_404_is_survived(make_lab: MakeLab, plain: Plain, subject: str) -> None:
     """The very crash: an accepted operation, and a 404 where its result is asked for."""
 
     def run(lab: Lab) -> None:
@@ -190,7 +192,7 @@ def test_polls_refused(make_lab: MakeLab, plain: Plain, subject: str) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("way", [train, train_pipelined], ids=["sequential", "pipelined"])
 @pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])
-def test_submissions_refused(make_lab: MakeLab, plain: Plain, kind: str, way: Any) -> None:
+def test_submission_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str, way: Any) -> None:
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)
         train(client)
@@ -205,8 +207,54 @@ def test_submissions_refused(make_lab: MakeLab, plain: Plain, kind: str, way: An
     exact(lab, gradients=4, optim_steps=4)
 
 
+@pytest.mark.parametrize(
+    ("state", "retries"),
+    [
+        ("JOB_STATE_RUNNING", True),
+        ("JOB_STATE_RE_QUEUEING", False),
+        ("JOB_STATE_PAUSED", False),
+        ("JOB_STATE_UNSPECIFIED", False),
+    ],
+)
+def test_forward_backward_retries_only_when_running(
+    make_lab: MakeLab, state: str, retries: bool
+) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.control_plane.state = state
+    lab.fault(Fault(kinds=["forward_backward"], count=1))
+    future = forward_backward(client)
+    if retries:
+        assert future.result(programs.PATIENCE) is not None
+    else:
+        with pytest.raises(tinker.NotFoundError) as caught:
+            future.result(programs.PATIENCE)
+        assert f"{state}; 0 replays" in programs.notes(caught.value)
+    assert lab.count("forward_backward") == 1 + retries
+    exact(lab, gradients=int(retries), optim_steps=0)
+
+
+def test_forward_backward_does_not_retry_when_job_deleted(make_lab: MakeLab) -> None:
+    """RUNNING when the 404 came, and for a replay or two; then it is deleted."""
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["forward_backward"]))
+    future = forward_backward(client)
+    while lab.count("forward_backward", refused=True) < 2:
+        time.sleep(0.01)
+    lab.end_job()
+    with pytest.raises(tinker.NotFoundError) as caught:
+        future.result(programs.PATIENCE)
+    assert "JOB_STATE_DELETED" in programs.notes(caught.value)
+    assert programs.job_of(lab).failed_fast == 1
+    sent = lab.count("forward_backward")
+    time.sleep(1.5)
+    assert lab.count("forward_backward") == sent, "a request that was given up goes on being sent"
+    exact(lab, gradients=0, optim_steps=0)
+
+
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["first", "middle", "last"])
-def test_one_part_of_a_batch_refused(make_lab: MakeLab, plain: Plain, part: int) -> None:
+def test_404_on_one_part_of_a_batch_is_survived(make_lab: MakeLab, plain: Plain, part: int) -> None:
     """A batch of several submissions, one of which is refused twice."""
 
     def run(lab: Lab) -> None:
@@ -223,7 +271,9 @@ def test_one_part_of_a_batch_refused(make_lab: MakeLab, plain: Plain, part: int)
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "retrieve-futures"])
-def test_saves_loads_and_sampling(make_lab: MakeLab, plain: Plain, together: bool) -> None:
+def test_404s_on_saves_loads_and_sampling_are_survived(
+    make_lab: MakeLab, plain: Plain, together: bool
+) -> None:
     """Also where samples are polled for together (0.26.2 and later): a 404 there is for good."""
     config = {"sample_use_retrieve_futures": together}
     kinds = ["save", "load", "save_sampler", "sampling_session", "sample"]
@@ -245,7 +295,7 @@ def test_saves_loads_and_sampling(make_lab: MakeLab, plain: Plain, together: boo
         assert lab.ledger.count(kind) == 1, lab.ledger.summary()
 
 
-def test_samples_that_are_polled_for_together(make_lab: MakeLab, plain: Plain) -> None:
+def test_404_on_a_shared_sample_poll_is_survived(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> None:
         sampler = programs.sampler(connect(lab.base_url))
         # Older releases never ask for `polls`: for them it is the sample's own poll.
@@ -264,7 +314,7 @@ def test_samples_that_are_polled_for_together(make_lab: MakeLab, plain: Plain) -
     assert programs.job_of(lab).recovered >= 1
 
 
-def test_flapping(make_lab: MakeLab, plain: Plain) -> None:
+def test_flapping_route_is_survived(make_lab: MakeLab, plain: Plain) -> None:
     """One request in five is refused, at random, for a whole run."""
 
     def run(lab: Lab) -> None:
@@ -281,7 +331,7 @@ def test_flapping(make_lab: MakeLab, plain: Plain) -> None:
 
 
 @pytest.mark.long
-def test_a_hundred_futures_in_flight(
+def test_outage_with_a_hundred_futures_in_flight_is_survived(
     make_lab: MakeLab, plain: Plain, mocker: MockerFixture
 ) -> None:
     def run(lab: Lab) -> None:
@@ -314,7 +364,9 @@ def test_a_hundred_futures_in_flight(
 
 
 @pytest.mark.long
-def test_half_of_the_replicas_stale_for_long(make_lab: MakeLab, plain: Plain) -> None:
+def test_half_of_the_replicas_stale_for_20_seconds_is_survived(
+    make_lab: MakeLab, plain: Plain
+) -> None:
     """An early release that meets the 404 again costs none of the four replays."""
 
     def run(lab: Lab) -> None:
@@ -340,7 +392,7 @@ def test_half_of_the_replicas_stale_for_long(make_lab: MakeLab, plain: Plain) ->
 # --- How a replay is made ----------------------------------------------------------------
 
 
-def test_a_replay_is_the_same_request_over_a_fresh_connection(make_lab: MakeLab) -> None:
+def test_replay_is_the_same_request_over_a_fresh_connection(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
     lab.fault(Fault(kinds=["forward_backward"], count=3))
@@ -354,7 +406,7 @@ def test_a_replay_is_the_same_request_over_a_fresh_connection(make_lab: MakeLab)
 
 
 @pytest.mark.long
-def test_every_replay_follows_a_question(make_lab: MakeLab) -> None:
+def test_replay_is_sent_only_after_a_question(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
     lab.fault(Fault(kinds=["optim_step"], seconds=8))
@@ -369,7 +421,7 @@ def test_every_replay_follows_a_question(make_lab: MakeLab) -> None:
 
 
 @pytest.mark.long
-def test_a_refused_request_paces_itself(make_lab: MakeLab) -> None:
+def test_repeatedly_refused_request_is_sent_at_most_twice_a_second(make_lab: MakeLab) -> None:
     """The prober's path answers all the time, the request's does not: two a second at most."""
     lab = make_lab()
     client = connect(lab.base_url)
@@ -380,7 +432,7 @@ def test_a_refused_request_paces_itself(make_lab: MakeLab) -> None:
 
 
 @pytest.mark.parametrize("kind", ["poll:forward_backward", "forward_backward"])
-def test_a_question_that_is_lost(make_lab: MakeLab, kind: str) -> None:
+def test_lost_control_plane_question_does_not_end_the_run(make_lab: MakeLab, kind: str) -> None:
     """One connection to the control plane that hangs is no reason to end a run."""
     lab = make_lab()
     client = connect(lab.base_url)
@@ -391,7 +443,7 @@ def test_a_question_that_is_lost(make_lab: MakeLab, kind: str) -> None:
     exact(lab, gradients=1, optim_steps=1)
 
 
-def test_a_job_is_not_held_up_by_another(make_lab: MakeLab) -> None:
+def test_refused_job_does_not_hold_up_another(make_lab: MakeLab) -> None:
     lab = make_lab()
     first, second = connect(lab.base_url), connect(lab.job_url("job-2"))
     # Until the other is through: whoever waits for the first waits until that gives up.
@@ -406,7 +458,7 @@ def test_a_job_is_not_held_up_by_another(make_lab: MakeLab) -> None:
     exact(lab, gradients=1, optim_steps=0)
 
 
-def test_nothing_is_left_behind(make_lab: MakeLab) -> None:
+def test_healed_route_leaves_no_waiter_or_prober(make_lab: MakeLab) -> None:
     """No waiter, task or open incident after the route has healed."""
     from tinker_routefix import _route
 

@@ -57,7 +57,7 @@ GATEWAY = {
         (None, Verdict.UNKNOWN),
     ],
 )
-def test_bodies(body: object, verdict: Verdict) -> None:
+def test_404_body_is_attributed_to_gateway_pod_or_nobody(body: object, verdict: Verdict) -> None:
     assert of_body(json.dumps(body).encode()) is verdict
     assert of_body(json.dumps(body, indent=2).encode("utf-16")) is verdict
 
@@ -78,7 +78,7 @@ def test_bodies(body: object, verdict: Verdict) -> None:
     ],
     ids=range(10),
 )
-def test_broken_bodies_are_unknown_and_never_raise(body: bytes) -> None:
+def test_broken_body_is_unknown_and_never_raises(body: bytes) -> None:
     assert of_body(body) is Verdict.UNKNOWN
 
 
@@ -101,7 +101,7 @@ def spelt(document: object, spelling: tuple[str, bool, int | None]) -> bytes:
 
 @fuzz
 @given(OBJECTS, st.dictionaries(st.text(), DOCUMENTS), SPELLINGS)
-def test_the_gateways_code_is_all_that_counts(
+def test_body_with_the_gateways_code_is_the_gateways(
     document: dict[str, Any], error: dict[str, Any], spelling: Any
 ) -> None:
     document["error"] = {**error, "code": "NOT_FOUND"}
@@ -110,7 +110,7 @@ def test_the_gateways_code_is_all_that_counts(
 
 @fuzz
 @given(OBJECTS, DOCUMENTS, SPELLINGS)
-def test_the_pods_are_those_with_a_detail_and_no_error(
+def test_body_with_detail_and_no_error_is_the_pods(
     document: dict[str, Any], detail: Any, spelling: Any
 ) -> None:
     document["detail"] = detail
@@ -120,7 +120,7 @@ def test_the_pods_are_those_with_a_detail_and_no_error(
 
 @fuzz
 @given(DOCUMENTS | OBJECTS, SPELLINGS)
-def test_what_is_neither_is_unknown(document: Any, spelling: Any) -> None:
+def test_any_other_body_is_unknown(document: Any, spelling: Any) -> None:
     if isinstance(document, dict):
         error = document.get("error")
         assume(not (isinstance(error, dict) and error.get("code") == "NOT_FOUND"))
@@ -130,7 +130,7 @@ def test_what_is_neither_is_unknown(document: Any, spelling: Any) -> None:
 
 @fuzz
 @given(OBJECTS, st.data())
-def test_half_a_body_is_unknown(document: dict[str, Any], data: st.DataObject) -> None:
+def test_truncated_body_is_unknown(document: dict[str, Any], data: st.DataObject) -> None:
     body = json.dumps({**document, **GATEWAY}).encode()
     cut = data.draw(st.integers(0, len(body) - 1))
     assert of_body(body[:cut]) is Verdict.UNKNOWN
@@ -139,7 +139,7 @@ def test_half_a_body_is_unknown(document: dict[str, Any], data: st.DataObject) -
 
 @fuzz
 @given(st.binary(max_size=2000), st.integers(0, 101), st.integers(0, 101))
-def test_bytes_never_raise(noise: bytes, start: int, end: int) -> None:
+def test_random_bytes_never_raise(noise: bytes, start: int, end: int) -> None:
     assert of_body(noise) in Verdict
     body = json.dumps(GATEWAY).encode()
     assert of_body(body[:start] + noise + body[end:]) in Verdict
@@ -204,7 +204,7 @@ ROUTE = "/training/v1/rlorTrainerJobs/acct/job-1"
         ("nonsense", None),
     ],
 )
-def test_which_job_a_url_leads_to(url: str, job: Job | None) -> None:
+def test_job_from_url_accepts_only_trainer_routes(url: str, job: Job | None) -> None:
     assert Job.from_url(url) == job
 
 
@@ -245,7 +245,7 @@ def place_of(url: httpx.URL) -> tuple[str, bytes, int]:
 
 @settings(fuzz, max_examples=2000)
 @given(urls() | st.text())
-def test_a_job_is_where_httpx_sends_its_requests(url: str) -> None:
+def test_job_from_url_is_where_httpx_sends_its_requests(url: str) -> None:
     """What is taken for a route is taken for the same place and the same path by httpx."""
     job = Job.from_url(url)
     try:
@@ -290,7 +290,7 @@ PLAIN = st.text("abz09-._~%:;=@!$&'()*+,", min_size=1, max_size=8).filter(
     st.sampled_from(["", "user@", "user:key@", "@"]),
     st.sampled_from(["", "/", "//", "/api/v1", "?x=1", "#x", "/?x#y"]),
 )
-def test_a_job_has_many_spellings(
+def test_job_from_url_is_equal_for_every_spelling(
     scheme: tuple[str, str], host: str, prefix: str, account: str, name: str, user: str, end: str
 ) -> None:
     gateway = f"{scheme[0]}://{host}/{prefix}".rstrip("/")
@@ -317,12 +317,12 @@ def test_a_job_has_many_spellings(
     ],
     ids=range(6),
 )
-def test_a_long_url_is_no_work(url: str, route: bool) -> None:
+def test_job_from_a_long_url_is_parsed_quickly(url: str, route: bool) -> None:
     """With a pattern that goes back and forth over it, it would take minutes."""
     assert (Job.from_url(url) is not None) is route
 
 
-def test_a_job_knows_its_control_plane_and_its_own_addresses() -> None:
+def test_job_knows_its_control_plane_and_its_own_urls() -> None:
     job = Job("https://api.example", "acct", "job-1")
     assert job.control_plane_url() == "https://api.example/v1/accounts/acct/rlorTrainerJobs/job-1"
     assert job.control_plane_url("https://cp.example/x").startswith("https://cp.example/x/v1/acc")
@@ -352,7 +352,7 @@ def test_a_job_knows_its_control_plane_and_its_own_addresses() -> None:
         (JobState.UNKNOWN, ["UNSPECIFIED", "HIBERNATING", "", "running"]),
     ],
 )
-def test_job_states(state: JobState, words: list[str]) -> None:
+def test_job_state_words_give_their_class(state: JobState, words: list[str]) -> None:
     for word in words:
         assert state_of(f"JOB_STATE_{word}") is state
         assert state_of(word) is state
@@ -381,7 +381,9 @@ def test_job_states(state: JobState, words: list[str]) -> None:
         (200, b"[" * 50_000, JobState.UNKNOWN),
     ],
 )
-def test_answers_of_the_control_plane(status: int, body: bytes, state: JobState) -> None:
+def test_control_plane_status_and_body_give_the_state(
+    status: int, body: bytes, state: JobState
+) -> None:
     assert read_answer(status, body)[0] is state
 
 
@@ -400,12 +402,12 @@ def test_answers_of_the_control_plane(status: int, body: bytes, state: JobState)
         "\ud800",
     ],
 )
-def test_strange_words_of_the_control_plane_are_not_repeated(word: str) -> None:
+def test_malformed_state_word_is_not_repeated(word: str) -> None:
     answer = read_answer(200, json.dumps({"state": word}).encode())
     assert answer == (JobState.UNKNOWN, "a strange state")
 
 
-def test_new_words_of_the_control_plane_are_shown() -> None:
+def test_new_state_word_is_shown() -> None:
     answer = read_answer(200, b'{"state": "JOB_STATE_HIBERNATING"}')
     assert answer == (JobState.UNKNOWN, "JOB_STATE_HIBERNATING")
 
@@ -419,7 +421,7 @@ STATES = st.sampled_from(["JOB_STATE_RUNNING", "RUNNING", "JOB_STATE_FAILED", "J
     st.dictionaries(st.sampled_from(["state", "status", "job"]), STATES | DOCUMENTS) | DOCUMENTS,
     SPELLINGS,
 )
-def test_only_a_plain_yes_is_running(status: int, document: Any, spelling: Any) -> None:
+def test_only_a_200_that_says_running_is_running(status: int, document: Any, spelling: Any) -> None:
     said_so = isinstance(document, dict) and document.get("state") in (
         "JOB_STATE_RUNNING",
         "RUNNING",
@@ -454,17 +456,19 @@ def test_only_a_plain_yes_is_running(status: int, document: Any, spelling: Any) 
         (429, {"queue_state": "route_not_ready", "error": {"code": "ROUTE_STALE"}}, None),
     ],
 )
-def test_cures(status: int, document: Any, cure: Cure | None) -> None:
+def test_fixed_gateway_is_recognised_by_status_and_body(
+    status: int, document: Any, cure: Cure | None
+) -> None:
     body = b"\xff{" if document is None else json.dumps(document).encode()
     assert cure_in(status, body) is cure
 
 
-def test_a_body_that_is_too_long_shows_no_cure() -> None:
+def test_body_over_the_size_limit_shows_no_fixed_gateway() -> None:
     body = json.dumps({"queue_state": "route_not_ready", "more": "x" * MAX_BODY})
     assert cure_in(503, body.encode()) is None
 
 
 @fuzz
 @given(st.sampled_from([404, 410, 503]), st.binary(max_size=200) | st.text().map(str.encode))
-def test_no_answer_is_too_strange_to_look_for_a_cure(status: int, body: bytes) -> None:
+def test_looking_for_a_fixed_gateway_never_raises(status: int, body: bytes) -> None:
     cure_in(status, body)

@@ -150,7 +150,7 @@ async def in_parallel(requests: list[Replay]) -> list[Any]:
     return await asyncio.gather(*(one.run() for one in requests), return_exceptions=True)
 
 
-def test_a_clock_may_be_coarse(time: Time) -> None:
+def test_answer_at_the_very_moment_of_the_refusal_ends_the_wait(time: Time) -> None:
     """An answer in the very moment of a refusal may have come after it."""
     on, light = route(), prober(time, heals=FOREVER)
 
@@ -168,7 +168,7 @@ def test_a_clock_may_be_coarse(time: Time) -> None:
 # --- One request and the prober ----------------------------------------------------------
 
 
-def test_a_replay_goes_out_when_a_probe_has_come_through(time: Time) -> None:
+def test_replay_is_sent_when_a_probe_succeeds(time: Time) -> None:
     on, light, gateway = route(), prober(time, heals=5), Gateway(time, heals=5)
     replayed = request(on, gateway, light_prober(on, light.open))
     assert time.run(replayed.run()) == "answer"
@@ -180,7 +180,7 @@ def test_a_replay_goes_out_when_a_probe_has_come_through(time: Time) -> None:
     assert (light.opened, light.closed) == (1, 1)
 
 
-def test_the_pace_of_the_prober(time: Time) -> None:
+def test_prober_slows_from_four_probes_a_second_to_one(time: Time) -> None:
     """Four probes in the first second, two a second for half a minute, then one."""
     on, light = route(), prober(time, heals=FOREVER)
 
@@ -196,7 +196,7 @@ def test_the_pace_of_the_prober(time: Time) -> None:
     assert [per_second[second] for second in range(40)] == [4] + [2] * 29 + [1] * 10
 
 
-def test_nobody_waits_and_nobody_probes(time: Time) -> None:
+def test_prober_pauses_while_nobody_waits(time: Time) -> None:
     """A replay that is on its way is as good as a probe."""
     on, light = route(), prober(time, heals=FOREVER)
     slow = Gateway(time, heals=3, seconds=10)
@@ -206,7 +206,7 @@ def test_nobody_waits_and_nobody_probes(time: Time) -> None:
     assert [at for at in light.gateway.came if 12 <= at < 16]
 
 
-def test_an_incident_close_upon_another_brings_no_burst_of_probes(time: Time) -> None:
+def test_incidents_in_quick_succession_cause_no_burst_of_probes(time: Time) -> None:
     on, light = route(), prober(time, heals=FOREVER)
 
     async def wait() -> None:
@@ -220,7 +220,7 @@ def test_an_incident_close_upon_another_brings_no_burst_of_probes(time: Time) ->
     assert len(light.gateway.came) == 7
 
 
-def test_a_probe_that_is_slow_is_not_overtaken(time: Time) -> None:
+def test_slow_probe_is_not_overtaken(time: Time) -> None:
     on, light = route(), prober(time, heals=FOREVER, seconds=3)
 
     async def wait() -> None:
@@ -231,7 +231,7 @@ def test_a_probe_that_is_slow_is_not_overtaken(time: Time) -> None:
     assert all(later - earlier >= 3 for earlier, later in pairwise(light.gateway.came))
 
 
-def test_without_a_prober_waits_run_their_length(
+def test_waits_without_a_prober_run_their_full_length(
     time: Time, settings: Callable[..., None], overheard: Any
 ) -> None:
     settings(strict=False)
@@ -267,7 +267,7 @@ def facts(told: list[Any]) -> list[tuple[Any, ...]]:
     return [(type(one), one.replays, getattr(one, "seconds", None)) for one in told]
 
 
-def test_a_replay_is_told_to_the_millisecond(
+def test_replay_events_carry_seconds_to_the_millisecond(
     time: Time, settings: Callable[..., None], told: list[Any]
 ) -> None:
     settings(base_delay=0.1239)
@@ -284,7 +284,7 @@ def test_a_replay_is_told_to_the_millisecond(
     assert on.counters.last_intervention is not None
 
 
-def test_a_wait_is_told_to_the_millisecond_too(
+def test_waiting_lines_carry_seconds_to_the_millisecond(
     time: Time, settings: Callable[..., None], overheard: Any
 ) -> None:
     settings(base_delay=6.12345)
@@ -295,7 +295,7 @@ def test_a_wait_is_told_to_the_millisecond_too(
     assert "'routefix_seconds': 6.123," in waiting[1]
 
 
-def test_a_warm_up_is_told_to_the_millisecond(time: Time, told: list[Any]) -> None:
+def test_warm_up_events_carry_seconds_to_the_millisecond(time: Time, told: list[Any]) -> None:
     on, light = route(warm=False), prober(time, heals=0, seconds=0.12345)
     time.run(warm_up(on, light.open))
     started, ended = told
@@ -304,7 +304,7 @@ def test_a_warm_up_is_told_to_the_millisecond(time: Time, told: list[Any]) -> No
     assert on.counters.longest_wait == 0
 
 
-def test_the_longest_wait_is_that_of_the_worst_request(
+def test_longest_wait_is_that_of_the_worst_request(
     time: Time, settings: Callable[..., None]
 ) -> None:
     settings(max_replays=1)
@@ -322,7 +322,7 @@ def test_the_longest_wait_is_that_of_the_worst_request(
     ("state", "kind"),
     [(JobState.RUNNING, events.GivenUp), (JobState.OVER, events.FailedFast)],
 )
-def test_how_it_ended_is_told_as_it_is_noted(
+def test_final_event_and_exception_note_agree(
     time: Time,
     settings: Callable[..., None],
     told: list[Any],
@@ -342,7 +342,7 @@ def test_how_it_ended_is_told_as_it_is_noted(
 # --- Some replicas know the route, others do not -----------------------------------------
 
 
-def test_a_half_healed_route_costs_pace_and_no_replays(time: Time) -> None:
+def test_half_healed_route_costs_pace_and_no_counted_wait(time: Time) -> None:
     """Every probe comes through and every replay but the last meets the 404."""
     on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=20)
     replayed = request(on, gateway, light_prober(on, light.open))
@@ -354,7 +354,7 @@ def test_a_half_healed_route_costs_pace_and_no_replays(time: Time) -> None:
     assert replayed.replays == len(gateway.came) == on.counters.replays
 
 
-def test_a_half_healed_route_is_tried_for_the_whole_budget_and_no_longer(time: Time) -> None:
+def test_half_healed_route_is_retried_for_exactly_the_budget(time: Time) -> None:
     on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=FOREVER)
     with pytest.raises(RefusedError) as caught:
         time.run(request(on, gateway, light_prober(on, light.open)).run())
@@ -364,7 +364,9 @@ def test_a_half_healed_route_is_tried_for_the_whole_budget_and_no_longer(time: T
     assert on.counters.given_up == 1
 
 
-def test_who_gives_up_is_glad_of_the_next_answer(time: Time, settings: Callable[..., None]) -> None:
+def test_answer_after_giving_up_marks_the_route_reachable(
+    time: Time, settings: Callable[..., None]
+) -> None:
     """It says that the route works again, and telemetry need not be dropped any more."""
     settings(retry_budget=1)
     on = route()
@@ -377,7 +379,9 @@ def test_who_gives_up_is_glad_of_the_next_answer(time: Time, settings: Callable[
     assert not on.given_up
 
 
-def test_the_second_try_keeps_within_the_budget(time: Time, settings: Callable[..., None]) -> None:
+def test_second_replay_of_a_release_keeps_within_the_budget(
+    time: Time, settings: Callable[..., None]
+) -> None:
     settings(retry_budget=0.3)
     on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=FOREVER)
     with pytest.raises(RefusedError):
@@ -385,7 +389,7 @@ def test_the_second_try_keeps_within_the_budget(time: Time, settings: Callable[.
     assert gateway.came == [0, 0.3]
 
 
-def test_the_pace_does_not_stretch_a_wait(time: Time, settings: Callable[..., None]) -> None:
+def test_pace_does_not_lengthen_a_shorter_wait(time: Time, settings: Callable[..., None]) -> None:
     """The shorter one of the two holds."""
     settings(base_delay=0.2, max_delay=0.2)
     on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=3)
@@ -393,7 +397,7 @@ def test_the_pace_does_not_stretch_a_wait(time: Time, settings: Callable[..., No
     assert all(later - earlier <= 0.201 for earlier, later in pairwise(gateway.came))
 
 
-def test_an_answer_from_before_the_last_refusal_is_no_news(time: Time) -> None:
+def test_answer_before_the_last_refusal_does_not_end_the_wait(time: Time) -> None:
     """The first replay is on its way for a second, and meanwhile another request got through."""
     on, gateway = route(), Gateway(time, heals=6, seconds=1)
 
@@ -405,7 +409,7 @@ def test_an_answer_from_before_the_last_refusal_is_no_news(time: Time) -> None:
     assert gateway.came == [2, 7]
 
 
-def test_a_404_that_nobody_gets_holds_nothing(time: Time) -> None:
+def test_discarded_404_holds_no_frames(time: Time) -> None:
     """Its frames lead to the request and to its body, and from there back to it."""
     on, gateway = route(), Gateway(time, heals=5)
     replayed = request(on, gateway, no_probe)
@@ -414,7 +418,7 @@ def test_a_404_that_nobody_gets_holds_nothing(time: Time) -> None:
     assert replayed.error.__traceback__ is None
 
 
-def test_the_404_that_is_handed_on_is_the_last_one(time: Time) -> None:
+def test_raised_404_is_the_last_one_received(time: Time) -> None:
     """And the others are gone at once, with all that their frames hold."""
     on, gateway = route(*[JobState.RUNNING] * 5, JobState.OVER), Gateway(time, heals=FOREVER)
     first = RefusedError("the first")
@@ -429,7 +433,7 @@ def test_the_404_that_is_handed_on_is_the_last_one(time: Time) -> None:
 # --- Many at once ------------------------------------------------------------------------
 
 
-def test_a_hundred_share_one_prober_and_go_together(time: Time) -> None:
+def test_hundred_waiters_share_one_prober_and_are_released_together(time: Time) -> None:
     on, light, gateway = route(), prober(time, heals=10), Gateway(time, heals=10)
     probe = light_prober(on, light.open)
     answers = time.run(in_parallel([request(on, gateway, probe) for _ in range(100)]))
@@ -458,7 +462,7 @@ class OneAnswer(ControlPlane):
         return await super().ask(headers)
 
 
-def test_those_who_are_released_together_go_one_after_the_other(time: Time) -> None:
+def test_waiters_released_together_are_staggered_over_loop_ticks(time: Time) -> None:
     """A few in each turn of the loop, which has other things to do: tinker's."""
     on, light = route(), prober(time, heals=3)
     on.control_plane = OneAnswer()  # type: ignore[assignment]
@@ -477,7 +481,7 @@ def test_those_who_are_released_together_go_one_after_the_other(time: Time) -> N
     assert on.control_plane.questions < 10
 
 
-def test_those_who_begin_to_wait_together_do_so_one_after_the_other(
+def test_waiters_that_start_together_are_staggered_over_loop_ticks(
     time: Time, told: list[Any]
 ) -> None:
     """Their polls end in one turn where the gateway closes what it held open."""
@@ -492,7 +496,7 @@ def test_those_who_begin_to_wait_together_do_so_one_after_the_other(
     assert max(Counter(met).values()) == _route.AT_ONCE
 
 
-def test_a_request_that_comes_through_releases_the_others(time: Time) -> None:
+def test_successful_request_releases_the_other_waiters(time: Time) -> None:
     """Whatever it was: no probe is needed, and nobody waits to the end."""
     on, gateway = route(), Gateway(time, heals=3)
 
@@ -506,7 +510,7 @@ def test_a_request_that_comes_through_releases_the_others(time: Time) -> None:
     assert Counter(gateway.came) == {2: 5, 3: 5}
 
 
-def test_the_prober_stays_until_the_last_one_is_through(time: Time) -> None:
+def test_prober_stays_until_the_last_waiter_is_through(time: Time) -> None:
     on, light = route(), prober(time, heals=9)
     probe = light_prober(on, light.open)
     first, last = Sender("at once"), Gateway(time, heals=9)
@@ -516,7 +520,7 @@ def test_the_prober_stays_until_the_last_one_is_through(time: Time) -> None:
     assert last.came == [2, 6, 9]
 
 
-def test_one_that_is_cancelled_leaves_the_others_waiting(time: Time) -> None:
+def test_cancelled_waiter_leaves_the_others_waiting(time: Time) -> None:
     on, light, gateway = route(), prober(time, heals=5), Gateway(time, heals=5)
     probe = light_prober(on, light.open)
 
@@ -535,7 +539,7 @@ def test_one_that_is_cancelled_leaves_the_others_waiting(time: Time) -> None:
     assert Counter(gateway.came) == {2: 2, 5: 1}
 
 
-def test_who_is_cancelled_last_takes_the_prober_along(time: Time) -> None:
+def test_cancelling_the_last_waiter_ends_the_prober(time: Time) -> None:
     on, light = route(), prober(time, heals=FOREVER)
 
     async def program() -> None:
@@ -555,7 +559,7 @@ def test_who_is_cancelled_last_takes_the_prober_along(time: Time) -> None:
 # --- What connecting may cost ------------------------------------------------------------
 
 
-def test_requests_that_wait_at_the_same_time_spend_the_budget_once(time: Time) -> None:
+def test_concurrent_waits_spend_the_connect_budget_once(time: Time) -> None:
     on = route(warm=False)
     waiting = [request(on, Gateway(time, heals=10), no_probe) for _ in range(10)]
     assert time.run(in_parallel(waiting)) == ["answer"] * 10
@@ -563,7 +567,7 @@ def test_requests_that_wait_at_the_same_time_spend_the_budget_once(time: Time) -
     assert on.connect_spent() == about(14)
 
 
-def test_what_an_incident_costs_counts_while_it_lasts_and_not_after(time: Time) -> None:
+def test_connect_budget_is_spent_only_while_an_incident_lasts(time: Time) -> None:
     on = route(warm=False)
     with on.incident():
         time.now += 5
@@ -580,7 +584,9 @@ def test_what_an_incident_costs_counts_while_it_lasts_and_not_after(time: Time) 
 
 
 @pytest.mark.parametrize(("quiet", "spent"), [(59.9, 7), (60.1, 0)])
-def test_trouble_is_forgiven_after_a_quiet_minute(time: Time, quiet: float, spent: float) -> None:
+def test_connect_budget_is_reset_after_a_quiet_minute(
+    time: Time, quiet: float, spent: float
+) -> None:
     on = route(warm=False)
     with on.incident():
         time.now += 7
@@ -589,7 +595,7 @@ def test_trouble_is_forgiven_after_a_quiet_minute(time: Time, quiet: float, spen
         assert on.connect_spent() == spent
 
 
-def test_a_warm_route_has_a_whole_budget_for_the_next_client(time: Time) -> None:
+def test_warm_route_gives_the_next_client_a_whole_budget(time: Time) -> None:
     on = route(warm=False)
     with on.incident():
         time.now += 100
@@ -599,7 +605,7 @@ def test_a_warm_route_has_a_whole_budget_for_the_next_client(time: Time) -> None
     assert on.warm
 
 
-def test_the_next_clients_warm_up_does_not_pay_for_earlier_trouble(time: Time) -> None:
+def test_warm_up_of_the_next_client_has_a_whole_budget_after_an_incident(time: Time) -> None:
     """A later 404 of the running program, and a route that is gone when another one connects."""
     on = route()
     assert time.run(request(on, Gateway(time, heals=10), no_probe).run()) == "answer"
@@ -610,7 +616,7 @@ def test_the_next_clients_warm_up_does_not_pay_for_earlier_trouble(time: Time) -
     assert time.passed - began == 120
 
 
-def test_a_replay_that_began_while_connecting_stays_patient(time: Time) -> None:
+def test_replay_begun_while_connecting_keeps_the_connect_budget(time: Time) -> None:
     """Though another client's first request has been made meanwhile."""
     on, gateway = route(JobState.UNKNOWN, warm=False), Gateway(time, heals=40)
 
@@ -622,7 +628,7 @@ def test_a_replay_that_began_while_connecting_stays_patient(time: Time) -> None:
     assert gateway.came == [2, 6, 14, 22, 30, 38, 46]
 
 
-def test_connecting_is_over_with_the_first_work_or_the_first_warm_up() -> None:
+def test_connecting_ends_with_the_first_work_or_warm_up() -> None:
     assert Route(JOB, ControlPlane()).connecting  # type: ignore[arg-type]
     on = route(warm=False)
     assert on.connecting
@@ -636,7 +642,7 @@ def test_connecting_is_over_with_the_first_work_or_the_first_warm_up() -> None:
 # --- The warm-up -------------------------------------------------------------------------
 
 
-def test_the_warm_up_goes_on_when_a_light_probe_has_come_through(time: Time) -> None:
+def test_warm_up_goes_on_when_a_light_probe_succeeds(time: Time) -> None:
     on, light = route(warm=False), prober(time, heals=5)
     time.run(warm_up(on, light.open))
     assert on.warm
@@ -652,7 +658,7 @@ def test_the_warm_up_goes_on_when_a_light_probe_has_come_through(time: Time) -> 
     assert light.opened == light.closed == 2
 
 
-def test_a_healthy_warm_up_is_one_round_and_nothing_to_remember(time: Time) -> None:
+def test_healthy_warm_up_is_one_round_and_no_intervention(time: Time) -> None:
     on, light = route(warm=False), prober(time, heals=0, seconds=0.05)
     on.given_up = True
     time.run(warm_up(on, light.open))
@@ -667,7 +673,9 @@ def test_a_healthy_warm_up_is_one_round_and_nothing_to_remember(time: Time) -> N
 
 
 @pytest.mark.parametrize(("heals", "cancelled"), [(FOREVER, 1), (0, 0)])
-def test_a_warm_up_that_the_program_takes_back(time: Time, heals: float, cancelled: int) -> None:
+def test_cancelled_warm_up_is_counted_only_after_a_404(
+    time: Time, heals: float, cancelled: int
+) -> None:
     """It counts only where a 404 was met."""
     on, light = route(warm=False), prober(time, heals=heals, seconds=0.05)
 
@@ -685,7 +693,7 @@ def test_a_warm_up_that_the_program_takes_back(time: Time, heals: float, cancell
 
 
 @pytest.mark.parametrize("order", [(None, ValueError("500"), "ok"), (ValueError("500"), None)])
-def test_a_404_in_a_round_weighs_more_than_another_error(time: Time, order: Any) -> None:
+def test_warm_up_round_with_a_404_and_another_error_counts_as_a_404(time: Time, order: Any) -> None:
     """The route is stale for sure; the other error may come of that."""
     on, light = route(warm=False), FakeProber(*order, "ok")
 
@@ -698,7 +706,7 @@ def test_a_404_in_a_round_weighs_more_than_another_error(time: Time, order: Any)
     assert on.counters.last_intervention is not None
 
 
-def test_an_answer_from_before_the_last_refusal_is_no_news_to_the_warm_up(time: Time) -> None:
+def test_answer_before_the_last_refusal_does_not_end_the_warm_up_wait(time: Time) -> None:
     """The probes are on their way for a second, and meanwhile another request got through."""
     on = route(warm=False)
     first, light = prober(time, heals=2, seconds=1), prober(time, heals=FOREVER)
@@ -714,7 +722,7 @@ def test_an_answer_from_before_the_last_refusal_is_no_news_to_the_warm_up(time: 
     assert first.gateway.came[3] >= 3
 
 
-def test_a_warm_up_that_meets_another_error_is_told_as_that(time: Time, told: list[Any]) -> None:
+def test_warm_up_with_another_error_emits_outcome_error(time: Time, told: list[Any]) -> None:
     on, light = route(warm=False), FakeProber(ValueError("500"))
 
     @asynccontextmanager
@@ -727,7 +735,7 @@ def test_a_warm_up_that_meets_another_error_is_told_as_that(time: Time, told: li
     assert on.counters.longest_wait == 0
 
 
-def test_a_warm_up_that_fails_says_what_it_saw(
+def test_warm_up_timeout_says_what_it_saw(
     time: Time, settings: Callable[..., None], told: list[Any]
 ) -> None:
     settings(warmup_timeout=9)
@@ -747,7 +755,7 @@ def test_a_warm_up_that_fails_says_what_it_saw(
     assert on.counters.warmup_seconds == about(9)
 
 
-def test_a_warm_up_of_a_job_that_is_over_says_so_too(time: Time, told: list[Any]) -> None:
+def test_warm_up_of_an_ended_job_says_what_it_saw(time: Time, told: list[Any]) -> None:
     on, light = route(JobState.OVER, warm=False), prober(time, heals=FOREVER)
     with pytest.raises(RefusedError) as caught:
         time.run(warm_up(on, light.open))
@@ -758,7 +766,7 @@ def test_a_warm_up_of_a_job_that_is_over_says_so_too(time: Time, told: list[Any]
     assert (told[-1].outcome, told[-1].error) == ("over", "RefusedError")
 
 
-def test_telemetry_is_waited_for_only_so_long(time: Time) -> None:
+def test_telemetry_is_no_longer_dropped_30_seconds_after_giving_up(time: Time) -> None:
     """And no longer, so that it is not dropped for ever."""
     on = route()
     assert not on.drained
@@ -774,7 +782,7 @@ def test_telemetry_is_waited_for_only_so_long(time: Time) -> None:
     assert on.counters.telemetry_dropped == 0
 
 
-def test_a_line_of_a_kind_every_five_seconds(time: Time) -> None:
+def test_repeated_log_line_is_limited_to_one_in_five_seconds(time: Time) -> None:
     on = route()
     assert on.limit.skipped("route.refused") == 0
     time.now += 4.9
@@ -802,7 +810,7 @@ CONNECT = "back, to resume from the last checkpoint; larger TINKER_ROUTEFIX_WARM
         (False, JobState.UNKNOWN, "Whether the job runs could not be learnt"),
     ],
 )
-def test_a_note_says_what_to_do_next(
+def test_exception_note_says_what_to_do_next(
     time: Time, told: list[Any], warm: bool, state: JobState, advice: str
 ) -> None:
     on = route(state, warm=warm)
@@ -818,7 +826,7 @@ def test_a_note_says_what_to_do_next(
         assert "`tinker-routefix check https://gateway.example/training/v1/rlorTrainer" in note
 
 
-def test_so_does_the_one_on_a_warm_up(time: Time) -> None:
+def test_warm_up_timeout_says_what_to_do_next(time: Time) -> None:
     on = route(warm=False)
     on.control_plane.ago = 0.45678  # type: ignore[attr-defined]
     with pytest.raises(RouteTimeoutError) as caught:
@@ -830,7 +838,7 @@ def test_so_does_the_one_on_a_warm_up(time: Time) -> None:
 # --- Loops and jobs ----------------------------------------------------------------------
 
 
-def test_one_loop_has_one_route_to_a_job_and_another_loop_another() -> None:
+def test_each_loop_has_one_route_to_a_job() -> None:
     async def routes() -> tuple[Route, Route]:
         return _route.route_to(JOB), _route.route_to(JOB)
 
@@ -847,7 +855,7 @@ def test_one_loop_has_one_route_to_a_job_and_another_loop_another() -> None:
         second.close()
 
 
-def test_where_nobody_waits_an_answer_is_no_news() -> None:
+def test_route_without_waiters_needs_no_answer() -> None:
     on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
     assert not on.watched
     with on.incident():

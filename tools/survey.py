@@ -45,27 +45,27 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 
 TINKER = {
-    "test_cold_race": "cold race",
-    "test_polls_refused": "poll 404",
-    "test_submissions_refused": "submit 404",
-    "test_an_unknown_future_is_the_pods_answer": "pod 404",
-    "test_another_base_url_is_not_touched": "other URL",
-    "test_off_is_off": "kill switch",
+    "test_cold_race_is_survived": "cold race",
+    "test_poll_404_is_survived": "poll 404",
+    "test_submission_404_is_survived": "submit 404",
+    "test_pod_404_for_an_unknown_future_is_raised_at_once": "pod 404",
+    "test_client_with_another_base_url_is_not_touched": "other URL",
+    "test_switched_off_shim_patches_and_imports_nothing": "kill switch",
     "test_uninstall_restores_every_touched_class_exactly": "exact uninstall",
 }
 """What each core test is about; a core test that is not named here has its own column."""
 
 FIREWORKS = {
-    "test_cold_race[full]": "cold, full",
-    "test_cold_race[lora]": "cold, LoRA",
-    "test_404_on_a_poll": "poll 404",
-    "test_404_on_a_submission": "submit 404",
-    "test_404_on_one_part_of_a_batch": "submit 404",
-    "test_checkpoints_are_not_missed": "checkpoints",
-    "test_a_deleted_job_fails_at_once": "deleted job",
-    "test_without_the_shim_the_import_saves_nobody": "kill switch",
-    "test_import_order": "import order",
-    "test_the_managers_control_plane_is_asked": "own gateway",
+    "test_cold_race_is_survived[full]": "cold, full",
+    "test_cold_race_is_survived[lora]": "cold, LoRA",
+    "test_poll_404_is_survived": "poll 404",
+    "test_submission_404_is_survived": "submit 404",
+    "test_404_on_one_part_of_a_batch_is_survived": "submit 404",
+    "test_checkpoint_listing_on_a_stale_route_is_complete": "checkpoints",
+    "test_request_to_a_deleted_job_fails_fast": "deleted job",
+    "test_switched_off_shim_leaves_the_crash": "kill switch",
+    "test_shim_works_in_any_import_order": "import order",
+    "test_job_behind_a_split_gateway_is_asked_about_at_the_managers_control_plane": "own gateway",
 }
 """The same for the tests of the Fireworks SDK."""
 
