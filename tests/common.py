@@ -228,8 +228,11 @@ def may_have_been_carried_out(request: Exchange) -> bool:
 
 def sent_in_vain(tries: list[Exchange]) -> Exchange | None:
     """The first 404 of a chain after which nothing may be sent any more, if there is one."""
-    if may_be_repeated(tries[0]):
-        return None
+    return None if may_be_repeated(tries[0]) else uncertain_404(tries)
+
+
+def uncertain_404(tries: list[Exchange]) -> Exchange | None:
+    """The first 404 of a chain that has a try before it which may have been carried out."""
     counts = False
     for request in tries:
         if request.status == 404 and counts:

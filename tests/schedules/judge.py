@@ -22,6 +22,7 @@ from tests.common import (
     is_bare_400,
     may_be_repeated,
     sent_in_vain,
+    uncertain_404,
     unexplained,
 )
 from tests.schedules.model import ENDED, DrawnFault, Schedule
@@ -276,6 +277,13 @@ def _submissions(played: Played) -> dict[int, list[list[Exchange]]]:
     return found
 
 
+def _made_for(played: Played, result: Result) -> Iterator[list[Exchange]]:
+    """All chains that are made for a call."""
+    for _, tries in _requests(played):
+        if _call(tries[0]) == result.tag:
+            yield tries
+
+
 def _call(exchange: Exchange) -> int | None:
     """The tag of the call that a request is made for, where it carries one."""
     if exchange.kind in ("save", "save_sampler", "load"):
@@ -430,6 +438,10 @@ def _allowed(
     hopeless |= RATE * played.lag > SETTINGS["retry_budget"] / 2
     if any(sent_in_vain(tries) or _cut_off(played, result, tries) for tries in made):
         yield tinker.NotFoundError
+    if result.op == "forward" and any(
+        _unseen_to_be_forward(tries) for tries in _made_for(played, result)
+    ):
+        yield tinker.NotFoundError
     for fault in schedule.all_faults():
         if fault.answer is None or (fault.of_gateway and not hopeless):
             continue
@@ -447,6 +459,11 @@ def _allowed(
                 yield tinker.TinkerError
     if any(one.what == "trainer restarted" for one in schedule.happenings) and not connecting:
         yield from (tinker.NotFoundError, ValueError)
+
+
+def _unseen_to_be_forward(tries: list[Exchange]) -> bool:
+    """Whether a forward pass ends like a forward_backward: from 0.25 on only its body tells."""
+    return tries[0].path.endswith("/forward_backward") and uncertain_404(tries) is not None
 
 
 def _cut_off(played: Played, result: Result, tries: list[Exchange]) -> bool:
