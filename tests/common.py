@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import itertools
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
-    from tinker_routefix.lab import Lab
+    from tinker_routefix.lab import Exchange, Lab
 
 CANARY = "tml-canary-5f2c9e7d41"
 """The key that every test uses; it must not turn up anywhere."""
@@ -151,3 +152,134 @@ def exact(lab: Lab, *, gradients: int, optim_steps: int) -> None:
     assert not ledger.duplicates(), ledger.summary()
     assert not ledger.out_of_order(), ledger.summary()
     assert not ledger.missing(), ledger.summary()
+
+
+# --- The chain of one submission ---------------------------------------------------------
+
+REPEATABLE: Final = frozenset(
+    {
+        *("config", "dynamic_config", "auth_token", "capabilities", "create_session"),
+        *("create_model", "sampling_session", "join_sampling_session", "heartbeat", "telemetry"),
+        *("get_info", "forward", "sample", "poll", "polls", "cancel"),
+    }
+)
+"""Kinds of requests that may be sent again although they may have been carried out."""
+
+RETRIED: Final = frozenset({None, 408, 409, 429, *range(500, 600)})
+"""How a try may have ended after which tinker itself makes another: without an answer (None), or
+with one of these."""
+
+
+def may_be_repeated(request: Exchange) -> bool:
+    """Whether a request is one of those that do no harm when they are carried out twice."""
+    return (
+        request.method == "GET"
+        or request.kind in REPEATABLE
+        # Creates a model instead of changing one.
+        or (request.kind == "load" and request.model_id is None)
+        or request.path.endswith("/weights_info")
+    )
+
+
+def identity(request: Exchange) -> Hashable:
+    """What all tries of one submission have in common, and no other one; None: not a submission.
+
+    Of a model it is the sequence number: the idempotency key is another for each of tinker's
+    outer tries, and the body is for those of ``save_weights_for_sampler``.
+    """
+    said = request.said or {}
+    if request.replica is None:
+        return None
+    if request.kind == "poll":
+        return request.job, "poll", said.get("request_id")
+    if request.kind == "create_model" and said.get("model_seq_id") is not None:
+        return request.job, request.kind, said.get("session_id"), said["model_seq_id"]
+    owner = request.model_id or said.get("sampling_session_id")
+    if owner is not None and request.seq_id is not None:
+        return request.job, request.kind, owner, request.seq_id
+    key = request.headers.get("x-idempotency-key")
+    return None if key is None else (request.job, request.kind, key)
+
+
+def chains(requests: Iterable[Exchange]) -> dict[Hashable, list[Exchange]]:
+    """All tries of each submission, tinker's own and the shim's replays, in order of arrival."""
+    found: dict[Hashable, list[Exchange]] = {}
+    for request in requests:
+        name = identity(request)
+        if name is not None:
+            found.setdefault(name, []).append(request)
+    return found
+
+
+def is_bare_400(request: Exchange) -> bool:
+    """A 400 without a body, which tinker from 0.22.7 on takes for a fault of the edge."""
+    return request.status == 400 and request.error is not None and not request.error.content
+
+
+def may_have_been_carried_out(request: Exchange) -> bool:
+    """Whether the client cannot know that a try was not carried out, once another follows it."""
+    not_ready = request.error is not None and b"route_not_ready" in request.error.content
+    return not (
+        request.status in (404, 429)
+        or (request.status == 503 and not_ready)
+        or is_bare_400(request)
+    )
+
+
+def sent_in_vain(tries: list[Exchange]) -> Exchange | None:
+    """The first 404 of a chain after which nothing may be sent any more, if there is one."""
+    return None if may_be_repeated(tries[0]) else uncertain_404(tries)
+
+
+def uncertain_404(tries: list[Exchange]) -> Exchange | None:
+    """The first 404 of a chain that has a try before it which may have been carried out."""
+    counts = False
+    for request in tries:
+        if request.status == 404 and counts:
+            return request
+        counts = counts or may_have_been_carried_out(request)
+    return None
+
+
+def unexplained(tries: list[Exchange], closed_at: Iterable[float] = ()) -> Iterator[str]:
+    """The tries of a submission that neither tinker's retries explain nor a replay may be.
+
+    Args:
+        tries: The chain of one submission.
+        closed_at: When all connections were closed: an answer may have been lost that the lab
+            takes for sent.
+
+    """
+    final = sent_in_vain(tries)
+    final_seen = False
+    for before, after in itertools.pairwise(tries):
+        final_seen = final_seen or before is final
+        if final_seen:
+            yield f"sent again after {before.status}, and may have been carried out before: {after}"
+        elif before.status != 404 and not (
+            before.status in RETRIED
+            or is_bare_400(before)
+            or any(before.at < at < after.at for at in closed_at)
+        ):
+            yield f"sent again after {before.status}: {after}"
+
+
+def unexplained_executions(lab: Lab) -> list[str]:
+    """Whatever the trainers may have carried out more often than plain tinker had them do.
+
+    What tinker itself sends again, because an answer was lost, is tinker's own doing.
+    """
+    requests = lab.exchanges
+    closed_at = lab._gateway.closed_at
+    found = [
+        line
+        for tries in chains(requests).values()
+        # A result may be asked for any number of times.
+        if tries[0].kind != "poll"
+        for line in unexplained(tries, closed_at)
+    ]
+    if not closed_at and not any(one.reached and one.status in RETRIED for one in requests):
+        # No answer was lost: nothing explains a second execution, whoever made it.
+        for trainer in lab._gateway.trainers.values():
+            found += [f"executed twice: {one}" for one in trainer.ledger.duplicates()]
+    return found

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from tests.common import CANARY, Listener, collect, leaks
+from tests.common import CANARY, Listener, collect, leaks, unexplained_executions
 
 # Before anything is imported: the shim reads its settings once, tinker its key at connect.
 os.environ["TINKER_API_KEY"] = CANARY
@@ -81,7 +81,7 @@ def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
 def make_lab(
     request: pytest.FixtureRequest, make_lab: Callable[..., Lab]
 ) -> Iterator[Callable[..., Lab]]:
-    """As the lab's own fixture; and whatever a test does, nothing is carried out twice."""
+    """As the lab's own fixture; and whatever a test does, the shim adds no execution."""
     labs: list[Lab] = []
 
     def make(*args: Any, **kwargs: Any) -> Lab:
@@ -90,7 +90,7 @@ def make_lab(
 
     yield make
     for lab in [] if request.node.get_closest_marker("trains_twice") else labs:
-        assert not lab.ledger.duplicates(), lab.ledger.summary()
+        assert not unexplained_executions(lab), lab.ledger.summary()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Random schedules of troubles and of the program, against a real tinker and the lab.
+"""Random schedules of faults and of the program, against a real tinker and the lab.
 
 What is drawn here with fixed seeds is drawn at random where ``SCHEDULES_SEED`` says so, and
 in other numbers where ``SCHEDULES`` does. A schedule that fails is printed as a program.
@@ -12,19 +12,31 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, event, given, seed, settings
 
+from tests.common import chains, sent_in_vain
 from tests.schedules.draw import repeatable, schedules
-from tests.schedules.judge import complaints, damage
+from tests.schedules.judge import safety_violations, violations
+from tests.schedules.model import (
+    REFUSED_UNSEEN,
+    UNCERTAIN,
+    Actor,
+    Client,
+    DrawnFault,
+    Kind,
+    Op,
+    Phase,
+    Schedule,
+)
 from tests.schedules.runner import Played, play
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
-
-    from tests.schedules.model import Schedule
 
 Plain = Callable[[], AbstractContextManager[None]]
 
@@ -54,7 +66,7 @@ def each(strategy: SearchStrategy[Schedule], number: int, part: int) -> Callable
             deadline=None,
             database=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-            phases=[Phase.generate, Phase.shrink],
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         )(seed(SEED * PARTS + part)(given(strategy)(test)))
 
     return decorate
@@ -68,29 +80,112 @@ def _quiet(overheard: Any) -> None:
 
 
 def judge(played: Played) -> None:
-    found = complaints(played)
-    if found and not damage(played):
+    if hypothesis.currently_in_test_context():
+        # For --hypothesis-show-statistics.
+        if played.schedule.loses_in_outage():
+            event("an answer is lost in an outage")
+        if any(sent_in_vain(tries) for tries in chains(played.exchanges).values()):
+            event("a 404 follows a try that may have been carried out")
+    found = violations(played)
+    if found and not safety_violations(played):
         # Waits and their ends are a matter of the machine too: it has to be so twice.
         played = play(played.schedule, shim=played.shim)
-        found = complaints(played)
+        found = violations(played)
     lines = (f"with seed {SEED}:", *found, "", played.schedule.script(), played.lines())
     assert not found, "\n".join(lines)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_whatever_happens(part: int) -> None:
-    @each(schedules(), EXAMPLES, part)
+    @each(schedules(), EXAMPLES // 2, part)
     def run(schedule: Schedule) -> None:
         judge(play(schedule))
 
     run()
 
 
+@pytest.mark.parametrize("part", range(PARTS))
+def test_answers_lost_in_outages_add_no_execution(part: int) -> None:
+    """Gateway replicas restart: what may have been carried out is not sent again by the shim."""
+
+    @each(schedules(restarting=True), EXAMPLES - EXAMPLES // 2, part)
+    def run(schedule: Schedule) -> None:
+        judge(play(schedule))
+
+    run()
+
+
+def one_call(kind: Kind, *faults: DrawnFault) -> Schedule:
+    """A schedule of one call and an ``optim_step`` after it."""
+    ops = (Op(kind=kind), Op(kind="optim_step"))
+    return Schedule(clients=(Client(),), actors=(Actor(ops=ops),), faults=faults)
+
+
+SUBMISSIONS: list[tuple[Kind, str]] = [
+    ("forward_backward", "forward_backward"),
+    ("optim_step", "optim_step"),
+    ("save", "save"),
+    ("load", "load"),
+    ("sample", "save_sampler"),
+]
+"""Calls of the program, and the one of their requests that may not be repeated."""
+
+
+@pytest.mark.parametrize("within", ["first", "replay"])
+@pytest.mark.parametrize("lost", UNCERTAIN)
+@pytest.mark.parametrize(("call", "kind"), SUBMISSIONS)
+def test_stale_route_after_a_lost_answer_ends_the_call(
+    call: Kind, kind: str, lost: str, within: str
+) -> None:
+    """tinker's own repeat gets the 404; so it does where the answer to a replay was lost."""
+    stale = DrawnFault(phase="work", shape="gateway", kinds=(kind,), seconds=3.0)
+    fault = DrawnFault(phase="work", shape=lost, kinds=(kind,), count=1, then=stale)
+    if within == "replay":
+        fault = replace(stale, seconds=0.5, then=fault)
+    played = play(one_call(call, fault))
+    assert any(sent_in_vain(tries) for tries in chains(played.exchanges).values())
+    judge(played)
+
+
+@pytest.mark.parametrize("harmless", REFUSED_UNSEEN)
+@pytest.mark.parametrize(("call", "kind"), SUBMISSIONS)
+def test_stale_route_after_a_harmless_try_is_survived(call: Kind, kind: str, harmless: str) -> None:
+    stale = DrawnFault(phase="work", shape="gateway", kinds=(kind,), seconds=2.0)
+    judge(
+        play(
+            one_call(
+                call, DrawnFault(phase="work", shape=harmless, kinds=(kind,), count=1, then=stale)
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize("lost", UNCERTAIN)
+@pytest.mark.parametrize(
+    ("call", "kind", "phase"),
+    [
+        ("sample", "sample", "work"),
+        ("optim_step", "poll", "work"),
+        ("optim_step", "create_session", "connect"),
+        ("optim_step", "create_model", "connect"),
+    ],
+)
+def test_stale_route_after_a_lost_answer_is_survived_by_what_may_be_repeated(
+    call: Kind, kind: str, phase: Phase, lost: str
+) -> None:
+    stale = DrawnFault(phase=phase, shape="gateway", kinds=(kind,), seconds=2.0)
+    judge(
+        play(
+            one_call(call, DrawnFault(phase=phase, shape=lost, kinds=(kind,), count=1, then=stale))
+        )
+    )
+
+
 @pytest.mark.parametrize("part", range(2))
 def test_plain_tinker_is_what_it_is_taken_for(part: int, plain: Plain) -> None:
-    """The judge's idea of plain tinker, and that it does not complain about that."""
+    """The judge's idea of plain tinker, and that there is no violation in that."""
 
-    @each(schedules(), EXAMPLES // 2, part)
+    @each(schedules() | schedules(restarting=True), EXAMPLES // 2, part)
     def run(schedule: Schedule) -> None:
         judge(play(schedule, shim=False))
 

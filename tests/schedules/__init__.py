@@ -1,4 +1,4 @@
-"""Random schedules of troubles and of programs, played on the lab with a real tinker.
+"""Random schedules of faults and of programs, played on the lab with a real tinker.
 
 ``model`` says what a schedule is, ``draw`` draws one, ``runner`` plays it on a clock that
 runs faster (``clock``), ``judge`` says what is wrong with what came of it. A schedule that

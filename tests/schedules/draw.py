@@ -6,25 +6,29 @@ the rest has to end as with plain tinker.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hypothesis import strategies as st
 
-from tests.schedules.judge import FEW, SHORT
+from tests.schedules.judge import FEW, KINDS_OF, SHORT
 from tests.schedules.model import (
+    ENDED,
     GATEWAY_SHAPES,
-    OVER,
-    WORDS,
+    LOST,
+    REFUSED_UNSEEN,
+    REPLIES,
+    UNCERTAIN,
     Actor,
     Client,
+    DrawnFault,
     Happening,
     How,
     Kind,
     Op,
     Phase,
+    Reply,
     Schedule,
-    Trouble,
-    Word,
     inf,
 )
 
@@ -35,9 +39,9 @@ CONNECT_KINDS = ("config", "dynamic_config", "create_session", "create_model", "
 WORK_KINDS = ("forward_backward", "forward", "optim_step", "save", "load", "save_sampler", "sample")
 POLL_KINDS = ("poll", *(f"poll:{kind}" for kind in WORK_KINDS), "polls")
 
-PASSING = ("429", "500", "503", "drop", "lost answer", "lost answer, 502", "bare 400", "slow")
-"""What tinker itself gets over, where it does not last."""
-UNCLEAR = tuple(word for word in WORDS if word not in OVER and word != "slow")
+PASSING = (*UNCERTAIN, *REFUSED_UNSEEN, "slow")
+"""What tinker itself survives, where it does not last."""
+UNCLEAR = tuple(reply for reply in REPLIES if reply not in ENDED and reply != "slow")
 FATAL = ("pod", "400", "403", "410")
 """What ends a call of plain tinker."""
 
@@ -63,7 +67,7 @@ def kinds_of(*kinds: str) -> SearchStrategy[tuple[str, ...]]:
 
 
 @st.composite
-def gateway_troubles(draw: DrawFn, *, extent: str, most: float) -> Trouble:
+def gateway_faults(draw: DrawFn, *, extent: str, most: float) -> DrawnFault:
     """404s of the gateway: for so many seconds, so many of them, or for good."""
     phase = draw(PHASES)
     some = kinds_of(*CONNECT_KINDS) if phase == "connect" else kinds_of(*WORK_KINDS, *POLL_KINDS)
@@ -75,7 +79,7 @@ def gateway_troubles(draw: DrawFn, *, extent: str, most: float) -> Trouble:
         how["count"] = draw(st.integers(1, round(most)))
     if extent != "for good":
         how["skip"] = draw(st.sampled_from((0, 0, 0, 1, 2, 5)))
-    return Trouble(
+    return DrawnFault(
         phase=phase,
         shape=draw(st.sampled_from(("gateway", *GATEWAY_SHAPES))),
         kinds=draw(st.one_of(st.none(), some)),
@@ -88,25 +92,25 @@ def gateway_troubles(draw: DrawFn, *, extent: str, most: float) -> Trouble:
 
 
 @st.composite
-def survivable_troubles(draw: DrawFn) -> list[Trouble]:
+def survivable_faults(draw: DrawFn) -> list[DrawnFault]:
     """As much as the shim has to bring every call through."""
     number = draw(st.integers(0, 3))
     if draw(st.booleans()):
-        return [draw(gateway_troubles(extent="count", most=1)) for _ in range(min(number, FEW))]
+        return [draw(gateway_faults(extent="count", most=1)) for _ in range(min(number, FEW))]
     most = SHORT / max(number, 1)
-    return [draw(gateway_troubles(extent="seconds", most=most)) for _ in range(number)]
+    return [draw(gateway_faults(extent="seconds", most=most)) for _ in range(number)]
 
 
 @st.composite
-def hopeless_troubles(draw: DrawFn) -> list[Trouble]:
+def hopeless_faults(draw: DrawFn) -> list[DrawnFault]:
     """Whatever there is, and some of it for good."""
     extents = st.sampled_from(("seconds", "count", "for good"))
     number = draw(st.integers(0, 3))
-    return [draw(gateway_troubles(extent=draw(extents), most=SHORT)) for _ in range(number)]
+    return [draw(gateway_faults(extent=draw(extents), most=SHORT)) for _ in range(number)]
 
 
 @st.composite
-def plain_troubles(draw: DrawFn, *, probes: bool = True) -> Trouble:
+def plain_faults(draw: DrawFn, *, probes: bool = True) -> DrawnFault:
     """What is none of the shim's business, so many times.
 
     Without ``probes`` it is nothing that the shim's own requests meet, too.
@@ -119,7 +123,7 @@ def plain_troubles(draw: DrawFn, *, probes: bool = True) -> Trouble:
     )
     shape = draw(st.sampled_from((*PASSING, *FATAL)))
     count = draw(st.integers(1, 3))
-    return Trouble(
+    return DrawnFault(
         phase=phase,
         shape=shape,
         kinds=draw(kinds_of(*some)),
@@ -129,10 +133,10 @@ def plain_troubles(draw: DrawFn, *, probes: bool = True) -> Trouble:
     )
 
 
-def hanging_probes() -> SearchStrategy[Trouble]:
+def hanging_probes() -> SearchStrategy[DrawnFault]:
     """The shim's own requests are never answered; tinker's would wait for a minute."""
     return st.builds(
-        Trouble,
+        DrawnFault,
         phase=st.just("work"),
         shape=st.just("hang"),
         kinds=st.just(("get_info",)),
@@ -140,14 +144,14 @@ def hanging_probes() -> SearchStrategy[Trouble]:
     )
 
 
-def words(*, hopeless: bool) -> SearchStrategy[Word]:
-    says = st.just("slow")
+def replies(*, hopeless: bool) -> SearchStrategy[Reply]:
+    reply = st.just("slow")
     if hopeless:
-        says = st.one_of(says, st.sampled_from(OVER), st.sampled_from(UNCLEAR))
+        reply = st.one_of(reply, st.sampled_from(ENDED), st.sampled_from(UNCLEAR))
     return st.builds(
-        Word,
+        Reply,
         phase=PHASES,
-        says=says,
+        reply=reply,
         starts=seconds(3.0),
         seconds=st.one_of(st.just(inf), seconds(3.0)),
         job=st.sampled_from((None, 0, 1)),
@@ -181,8 +185,47 @@ def ops(draw: DrawFn, style: Style, waits: tuple[How, ...] = WAITS) -> Op:
 
 
 @st.composite
-def schedules(draw: DrawFn) -> Schedule:
-    """Anything that may happen."""
+def restarts(draw: DrawFn, kinds: tuple[str, ...], *, most: float) -> DrawnFault:
+    """A gateway replica restarts: an answer is lost, and the route is stale for what comes next.
+
+    That is tinker's own repeat of the same request: its first one, or one within a replay.
+    """
+    phase: Phase = draw(st.sampled_from(("work", "work", "work", "connect")))
+    some = draw(kinds_of(*(CONNECT_KINDS if phase == "connect" else kinds)))
+    replica = draw(st.sampled_from((None, None, None, 0, 1)))
+    first = draw(st.sampled_from((0.0, 0.0, 0.5)))
+    stale = DrawnFault(
+        phase=phase,
+        shape=draw(st.sampled_from(("gateway", *GATEWAY_SHAPES))),
+        kinds=draw(st.sampled_from((some, some, None))),
+        # tinker repeats after half a second, or after one.
+        seconds=1.0 + draw(seconds(most - first - 1.0)),
+        replica=replica,
+    )
+    lost = DrawnFault(
+        phase=phase,
+        shape=draw(st.sampled_from((*LOST, *LOST, *UNCERTAIN, *REFUSED_UNSEEN))),
+        kinds=some,
+        skip=0 if first else draw(st.sampled_from((0, 0, 1, 2))),
+        count=draw(st.sampled_from((1, 1, 2))),
+        replica=replica,
+        then=stale,
+    )
+    if not first:
+        return lost
+    skip = draw(st.sampled_from((0, 0, 1, 2)))
+    return replace(stale, kinds=some, seconds=first, skip=skip, then=lost)
+
+
+@st.composite
+def schedules(draw: DrawFn, *, restarting: bool = False) -> Schedule:
+    """Anything that may happen.
+
+    Args:
+        draw: Draws.
+        restarting: Whether the outages are those of gateway replicas that restart.
+
+    """
     clients = draw(
         st.lists(
             st.builds(Client, job=st.sampled_from((0, 0, 1)), service=st.sampled_from((0, 0, 1))),
@@ -197,17 +240,23 @@ def schedules(draw: DrawFn) -> Schedule:
             program = draw(st.lists(ops(style), min_size=1, max_size=6))
             actors.append(Actor(ops=tuple(program), client=client, style=style))
     hopeless = draw(st.sampled_from((False, False, True)))
-    troubles = draw(hopeless_troubles() if hopeless else survivable_troubles())
-    troubles += draw(seldom(st.lists(plain_troubles(), min_size=1, max_size=2)))
+    if restarting:
+        called = {kind for actor in actors for op in actor.ops for kind in KINDS_OF[op.kind]}
+        kinds = tuple(kind for kind in WORK_KINDS if kind in called) or WORK_KINDS
+        number = draw(st.sampled_from((1, 1, 2)))
+        faults = [draw(restarts(kinds, most=SHORT / number)) for _ in range(number)]
+    else:
+        faults = draw(hopeless_faults() if hopeless else survivable_faults())
+    faults += draw(seldom(st.lists(plain_faults(), min_size=1, max_size=2)))
     if not any(op.kind == "info" for actor in actors for op in actor.ops):
-        troubles += draw(seldom(st.lists(hanging_probes(), max_size=1)))
-    said = st.lists(words(hopeless=hopeless), min_size=1, max_size=2)
+        faults += draw(seldom(st.lists(hanging_probes(), max_size=1)))
+    replied = st.lists(replies(hopeless=hopeless), min_size=1, max_size=2)
     happened = st.lists(happenings(), max_size=2)
     return Schedule(
         clients=tuple(clients),
         actors=tuple(actors),
-        troubles=tuple(draw(st.permutations(troubles))),
-        words=tuple(draw(seldom(said))),
+        faults=tuple(draw(st.permutations(faults))),
+        control_plane_replies=tuple(draw(seldom(replied))),
         happenings=tuple(draw(seldom(happened))),
         replicas=draw(st.sampled_from((1, 2, 3))),
         work_seconds=draw(st.sampled_from((0.0, 0.0, 0.05, 0.3))),
@@ -221,31 +270,31 @@ def schedules(draw: DrawFn) -> Schedule:
 
 @st.composite
 def repeatable(draw: DrawFn) -> Schedule:
-    """One call after the other, and troubles by number: the same again, request by request.
+    """One call after the other, and faults by number: the same again, request by request.
 
     Without 404s of the gateway, or with a job that is over: the shim is to change nothing.
     """
     style: Style = draw(st.sampled_from(("thread", "async")))
     program = draw(st.lists(ops(style, waits=("wait",)), min_size=1, max_size=6))
-    troubles = draw(st.lists(plain_troubles(probes=False), max_size=2))
-    said: tuple[Word, ...] = ()
+    faults = draw(st.lists(plain_faults(probes=False), max_size=2))
+    replied: tuple[Reply, ...] = ()
     if draw(st.booleans()):
         phase = draw(PHASES)
         kinds = CONNECT_KINDS[:-1] if phase == "connect" else (*WORK_KINDS, *POLL_KINDS)
-        troubles.append(
-            Trouble(
+        faults.append(
+            DrawnFault(
                 phase=phase,
                 shape=draw(st.sampled_from(tuple(GATEWAY_SHAPES))),
                 kinds=draw(kinds_of(*kinds)),
                 skip=draw(st.integers(0, 3)),
             )
         )
-        said = (Word(phase="connect", says=draw(st.sampled_from(OVER))),)
+        replied = (Reply(phase="connect", reply=draw(st.sampled_from(ENDED))),)
     return Schedule(
         clients=(Client(),),
         actors=(Actor(ops=tuple(program), style=style),),
-        troubles=tuple(troubles),
-        words=said,
+        faults=tuple(faults),
+        control_plane_replies=replied,
         futures_together=draw(st.booleans()),
         pyqwest=draw(st.booleans()),
     )

@@ -1,13 +1,14 @@
 """What must hold after any schedule, whatever was drawn.
 
 The lab's ledger says what was carried out, the lab's exchanges what was sent, the results
-what the program was told. `complaints` compares the three, and with what plain tinker may
-make of the same troubles.
+what the program was told. `violations` compares the three, and with what plain tinker may
+make of the same faults.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +16,16 @@ import tinker
 from tinker.lib.retryable_exception import RetryableException
 
 from tests import programs
-from tests.schedules.model import LOST, OVER, Schedule, Trouble
+from tests.common import (
+    RETRIED,
+    chains,
+    is_bare_400,
+    may_be_repeated,
+    sent_in_vain,
+    uncertain_404,
+    unexplained,
+)
+from tests.schedules.model import ENDED, DrawnFault, Schedule
 from tests.schedules.runner import IMPATIENT, RATE, SETTINGS, Played, Result
 from tinker_routefix import RouteTimeoutError, _verdict
 from tinker_routefix.lab._ledger import CHUNKS, ORDERED, Execution
@@ -41,10 +51,7 @@ SHORT: Final = 4.0
 FEW: Final = 2
 """As many 404s, where it is a number of them and not a time, that it has to survive."""
 
-RESENT: Final = {None, 408, 409, 429, *range(500, 600)}
-"""How a request may have ended that tinker sends again: without an answer, or with these."""
-
-POLLED_AGAIN: Final = RESENT | {200, 400, 429}
+POLLED_AGAIN: Final = RETRIED | {200, 400}
 """The same for polls: a result may not be there yet, or only be announced."""
 
 WORK: Final = {"forward", "forward_backward", "optim_step", "save", "save_sampler", "sample"}
@@ -84,22 +91,28 @@ POLL_ERRORS: Final[dict[int, tuple[type[BaseException], ...]]] = {
 """What plain tinker raises; whatever is not here it sends again until it gets through."""
 
 
-def damage(played: Played) -> list[str]:
+UNCERTAIN_NOTE: Final = "may have been carried out"
+"""What a note says where an earlier try of the same submission counts."""
+
+
+def safety_violations(played: Played) -> list[str]:
     """What must not be even once, however busy the machine is."""
     return [
         *_hung(played),
+        *_repeated_by_the_shim(played),
         *_executed_twice(played),
         *_out_of_order(played),
         *_lost(played),
         *_executed_though_refused(played),
+        *_done_though_uncertain(played),
         *(f"left behind: {what}" for what in played.left),
     ]
 
 
-def complaints(played: Played) -> list[str]:
+def violations(played: Played) -> list[str]:
     """Everything that must not be; empty when all is well."""
     return [
-        *damage(played),
+        *safety_violations(played),
         *_sent_again(played),
         *_sent_though_cancelled(played),
         *_outcomes(played),
@@ -123,15 +136,30 @@ def _executions(played: Played) -> list[Execution]:
     return [one for job in played.jobs for one in played.lab.ledger_of(job).executions]
 
 
+def _repeated_by_the_shim(played: Played) -> Iterator[str]:
+    """Nothing follows an answer, nor a 404 once an earlier try may have been carried out."""
+    for name, tries in _requests(played):
+        if name[1] not in ("poll", "sample"):
+            yield from unexplained(tries, played.dropped)
+
+
 def _executed_twice(played: Played) -> Iterator[str]:
     """Only tinker itself may do that, where it never heard of the first time."""
-    if any(trouble.shape in LOST for trouble in played.schedule.troubles):
-        return
-    if played.dropped:
-        return
+    unheard: set[tuple[Any, ...]] = set()
+    for (job, *_), tries in _requests(played):
+        dropped = any(tries[0].at < at < tries[-1].at for at in played.dropped)
+        if dropped or any(one.reached and one.status in RETRIED for one in tries):
+            first = tries[0]
+            # A new model has no number, and another key for each of tinker's outer tries.
+            owner = first.model_id or (first.said or {}).get("sampling_session_id")
+            unheard |= {(job, first.kind), (job, first.kind, owner, first.seq_id)}
+    # tinker samples again where a result has expired.
+    expired = {"sample"} if _drawn(played, 410) else set()
     for job in played.jobs:
-        for execution in played.lab.ledger_of(job).duplicates():
-            yield f"executed twice: {execution}"
+        for one in played.lab.ledger_of(job).duplicates():
+            numbered = () if one.once is not None else (one.model_id, one.seq_id)
+            if (job, one.kind, *numbered) not in unheard and one.kind not in expired:
+                yield f"executed twice: {one}"
 
 
 def _out_of_order(played: Played) -> Iterator[str]:
@@ -192,26 +220,41 @@ def _lost(played: Played) -> Iterator[str]:
     for result in played.results:
         if result.state == "done" and result.op not in ("connect", "info"):
             there = len(parts[result.tag])
-            if there != result.parts:
+            # A sample whose answer was lost is another one when older releases repeat it.
+            if there < result.parts or (there > result.parts and result.op != "sample"):
                 yield f"reported done, {there} of {result.parts} parts executed: {result}"
 
 
 def _executed_though_refused(played: Played) -> Iterator[str]:
-    """What the gateway was said to have refused did not reach the trainer."""
-    if not _nothing_unheard(played):
-        return
-    reached = {_tag(one) for one in played.exchanges if one.reached}
+    """What the gateway was said to have refused did not reach the trainer.
+
+    Unless an answer was lost, and then the note says so: see `_noted`.
+    """
+    submissions = _submissions(played)
     for result in played.results:
-        refused = isinstance(result.error, tinker.NotFoundError) and result.parts == 1
-        if refused and result.op in ONE_SUBMISSION and result.tag in reached:
-            yield f"reported refused, and executed: {result}"
+        if not isinstance(result.error, tinker.NotFoundError) or result.op not in ONE_SUBMISSION:
+            continue
+        for tries in submissions[result.tag] if result.parts == 1 else ():
+            if any(one.reached and _heard(played, one) for one in tries):
+                yield f"reported refused, and executed: {result}"
 
 
-def _nothing_unheard(played: Played) -> bool:
-    """Whether no answer of the trainer was lost on its way."""
-    return not played.dropped and not any(
-        one.reached and (one.status is None or one.status >= 400) for one in played.exchanges
+def _heard(played: Played, exchange: Exchange) -> bool:
+    """Whether the client surely had the trainer's answer."""
+    ended = exchange.at + exchange.seconds
+    return exchange.status == 200 and not any(
+        exchange.at <= at <= ended + SLACK for at in played.dropped
     )
+
+
+def _done_though_uncertain(played: Played) -> Iterator[str]:
+    """A 404 after a try that may have been carried out ends the call."""
+    submissions = _submissions(played)
+    for result in played.results:
+        if result.state == "done":
+            for tries in submissions[result.tag]:
+                if sent_in_vain(tries) is not None:
+                    yield f"reported done in spite of {sent_in_vain(tries)}: {result}"
 
 
 # --- What was sent -----------------------------------------------------------------------
@@ -219,33 +262,48 @@ def _nothing_unheard(played: Played) -> bool:
 
 def _requests(played: Played) -> Iterator[tuple[tuple[Any, ...], list[Exchange]]]:
     """The exchanges of each submission and of each poll, in order."""
-    found: dict[tuple[Any, ...], list[Exchange]] = defaultdict(list)
-    for one in played.exchanges:
-        if one.replica is None:
-            continue
-        said = one.said or {}
-        if one.kind == "poll":
-            found[one.job, "poll", said.get("request_id")].append(one)
-        elif one.kind == "create_model":
-            found[one.job, one.kind, said.get("session_id"), said.get("model_seq_id")].append(one)
-        elif one.seq_id is not None and one.kind in (*ORDERED, "sample"):
-            where = one.model_id or said.get("sampling_session_id")
-            found[one.job, one.kind, where, one.seq_id].append(one)
-    yield from found.items()
+    for name, tries in chains(played.exchanges).items():
+        assert isinstance(name, tuple)
+        yield name, tries
+
+
+def _submissions(played: Played) -> dict[int, list[list[Exchange]]]:
+    """The chains that may not be repeated, by the tag of the call that they are made for."""
+    found: dict[int, list[list[Exchange]]] = defaultdict(list)
+    for _, tries in _requests(played):
+        tag = _call(tries[0])
+        if tag is not None and not may_be_repeated(tries[0]):
+            found[tag].append(tries)
+    return found
+
+
+def _made_for(played: Played, result: Result) -> Iterator[list[Exchange]]:
+    """All chains that are made for a call."""
+    for _, tries in _requests(played):
+        if _call(tries[0]) == result.tag:
+            yield tries
+
+
+def _call(exchange: Exchange) -> int | None:
+    """The tag of the call that a request is made for, where it carries one."""
+    if exchange.kind in ("save", "save_sampler", "load"):
+        tag = re.search(r"tag-(\d+)$", str((exchange.said or {}).get("path")))
+        return None if tag is None else int(tag[1])
+    return _tag(exchange) if exchange.said else None
 
 
 def _sent_again(played: Played) -> Iterator[str]:
     """What was answered is not sent again, but for the gateway's 404 of a job that runs."""
-    words = _words(played)
+    questions = _questions_about(played)
     for name, sent in _requests(played):
         for before, after in itertools.pairwise(sent):
             if name[1] == "poll" and before.status in POLLED_AGAIN:
                 continue
-            if before.status in RESENT or any(before.at < at < after.at for at in played.dropped):
+            if before.status in RETRIED or any(before.at < at < after.at for at in played.dropped):
                 # Also an answer may have been on its way when its connection was dropped.
                 continue
-            if before.status == 400:
-                # A bare one is an edge fault to newer releases: they send again themselves.
+            if is_bare_400(before):
+                # An edge fault to newer releases: they send again themselves.
                 continue
             if name[1] == "sample" and _drawn(played, 410):
                 # tinker samples again where a result has expired.
@@ -261,27 +319,28 @@ def _sent_again(played: Played) -> Iterator[str]:
             key = "x-idempotency-key"
             if after.headers.get(key) != before.headers.get(key):
                 yield f"sent again with another idempotency key: {after}"
-            yield from _may_send_again(played, words[name[0]], before, after)
+            yield from _may_send_again(played, questions[name[0]], before, after)
 
 
-def _words(played: Played) -> dict[str, list[Exchange]]:
-    words: dict[str, list[Exchange]] = {job: [] for job in played.jobs}
+def _questions_about(played: Played) -> dict[str, list[Exchange]]:
+    """What the control plane was asked, by the job."""
+    questions: dict[str, list[Exchange]] = {job: [] for job in played.jobs}
     for one in played.exchanges:
-        if one.kind == "control_plane" and one.job in words:
-            words[one.job].append(one)
-    return words
+        if one.kind == "control_plane" and one.job in questions:
+            questions[one.job].append(one)
+    return questions
 
 
 def _may_send_again(
-    played: Played, words: list[Exchange], before: Exchange, after: Exchange
+    played: Played, questions: list[Exchange], before: Exchange, after: Exchange
 ) -> Iterator[str]:
-    """The control plane had been asked, and what it said last was RUNNING.
+    """The control plane had been asked, and its last reply was RUNNING.
 
-    While connecting, that it did not say that the job is over is enough.
+    While connecting, that it did not reply that the job has ended is enough.
     """
     work = _is_work(before)
     slack = _slack(played) + (0.0 if work else 8.0)
-    answered = [one for one in words if one.at + one.seconds <= after.at]
+    answered = [one for one in questions if one.at + one.seconds <= after.at]
     good = [one for one in answered if _may_run(played, one, surely=work)]
     if not good:
         yield f"sent again though the control plane did not say RUNNING: {after}"
@@ -291,13 +350,13 @@ def _may_send_again(
         yield f"sent again, and it was {age:.1f} s ago that the control plane was asked: {after}"
     for one in answered[answered.index(good[-1]) + 1 :]:
         if one.at + one.seconds < after.at - slack:
-            said = played.words[one]
-            yield f"sent again though the control plane has said {said!r} since: {after}"
+            reply = played.control_plane_replies[one]
+            yield f"sent again though the control plane has replied {reply!r} since: {after}"
 
 
 def _may_run(played: Played, exchange: Exchange, *, surely: bool) -> bool:
-    word = played.words.get(exchange, "slow")
-    return word == "slow" if surely else word not in OVER
+    reply = played.control_plane_replies.get(exchange, "slow")
+    return reply == "slow" if surely else reply not in ENDED
 
 
 def _is_work(exchange: Exchange) -> bool:
@@ -306,16 +365,17 @@ def _is_work(exchange: Exchange) -> bool:
 
 def _slack(played: Played) -> float:
     """What a busy machine may add to any wait, in seconds of the faster clock."""
-    delays = sum(trouble.delay for trouble in played.schedule.troubles)
+    delays = sum(fault.delay for fault in played.schedule.all_faults())
     # The control plane is asked before a wait and after it.
-    delays += 2 * sum(SLOW.get(word.says, 0.0) for word in played.schedule.words)
+    replies = played.schedule.control_plane_replies
+    delays += 2 * sum(SLOW.get(one.reply, 0.0) for one in replies)
     return SLACK + delays + RATE * played.lag
 
 
 def _drawn(played: Played, status: int) -> bool:
     return any(
-        trouble.answer is not None and trouble.answer.status == status
-        for trouble in played.schedule.troubles
+        fault.answer is not None and fault.answer.status == status
+        for fault in played.schedule.all_faults()
     )
 
 
@@ -335,18 +395,17 @@ def _sent_though_cancelled(played: Played) -> Iterator[str]:
 
 def survivable(schedule: Schedule, *, connecting: bool) -> bool:
     """Whether the shim has to bring every call through."""
-    if any(word.says in OVER for word in schedule.words):
-        return False
-    if not connecting and any(word.says != "slow" for word in schedule.words):
+    replies = {one.reply for one in schedule.control_plane_replies}
+    if not replies.isdisjoint(ENDED) or (not connecting and replies - {"slow"}):
         return False
     seconds = count = 0.0
-    for trouble in schedule.troubles:
-        if not trouble.of_gateway:
+    for fault in schedule.all_faults():
+        if not fault.of_gateway:
             continue
-        if trouble.seconds < float("inf"):
-            seconds += trouble.seconds
-        elif trouble.count is not None:
-            count += trouble.count
+        if fault.seconds < float("inf"):
+            seconds += fault.seconds
+        elif fault.count is not None:
+            count += fault.count
         else:
             return False
     # Both at once could be too much for one request.
@@ -354,55 +413,81 @@ def survivable(schedule: Schedule, *, connecting: bool) -> bool:
 
 
 def _outcomes(played: Played) -> Iterator[str]:
+    submissions = _submissions(played)
     for result in played.results:
         if result.state not in ("failed", "cancelled") or result.error is None:
             continue
         if result.state == "cancelled" and result.may_cancel:
             continue
-        fine = [*_allowed(played, result)]
+        made = submissions[result.tag]
+        fine = [*_allowed(played, result, made)]
         if not any(isinstance(result.error, kind) for kind in fine):
             names = sorted({kind.__name__ for kind in fine}) or "nothing"
             yield f"plain tinker would raise {names}: {result}"
         elif played.shim:
-            yield from _noted(result)
+            yield from _noted(played, result, made)
 
 
-def _allowed(played: Played, result: Result) -> Iterator[type[BaseException]]:
+def _allowed(
+    played: Played, result: Result, made: list[list[Exchange]]
+) -> Iterator[type[BaseException]]:
     schedule = played.schedule
     connecting = result.op == "connect"
     hopeless = not played.shim or not survivable(schedule, connecting=connecting)
     # Nobody can keep to a budget who does not get to run.
     hopeless |= RATE * played.lag > SETTINGS["retry_budget"] / 2
-    for trouble in schedule.troubles:
-        if trouble.answer is None or (trouble.of_gateway and not hopeless):
+    if any(sent_in_vain(tries) or _cut_off(played, result, tries) for tries in made):
+        yield tinker.NotFoundError
+    if result.op == "forward" and any(
+        _unseen_to_be_forward(tries) for tries in _made_for(played, result)
+    ):
+        yield tinker.NotFoundError
+    for fault in schedule.all_faults():
+        if fault.answer is None or (fault.of_gateway and not hopeless):
             continue
-        status = trouble.answer.status
-        if _meets(trouble, result, polls=False):
+        status = fault.answer.status
+        if _meets(fault, result, polls=False):
             yield from SUBMISSION_ERRORS.get(status, ())
             if connecting and status == 400:
                 # 0.38 takes a bare one for an edge fault, and closes the client that it is on.
                 yield tinker.APIConnectionError
-            if played.shim and connecting and trouble.of_gateway:
+            if played.shim and connecting and fault.of_gateway:
                 yield RouteTimeoutError
-        if _meets(trouble, result, polls=True):
+        if _meets(fault, result, polls=True):
             yield from POLL_ERRORS.get(status, ())
-            if result.op == "sample" and status == 404:
-                # From 0.27.1 on, where samples are polled for together.
+            if result.op == "sample" and status == 404 and _of_common_poll(result.error):
                 yield tinker.TinkerError
     if any(one.what == "trainer restarted" for one in schedule.happenings) and not connecting:
         yield from (tinker.NotFoundError, ValueError)
 
 
-def _meets(trouble: Trouble, result: Result, *, polls: bool) -> bool:
-    if trouble.kinds is None:
+def _unseen_to_be_forward(tries: list[Exchange]) -> bool:
+    """Whether a forward pass ends like a forward_backward: from 0.25 on only its body tells."""
+    return tries[0].path.endswith("/forward_backward") and uncertain_404(tries) is not None
+
+
+def _cut_off(played: Played, result: Result, tries: list[Exchange]) -> bool:
+    """Whether a try that the lab has not seen may have been cut off before the last 404."""
+    return tries[-1].refused and any(
+        result.began <= at <= tries[-1].at + tries[-1].seconds for at in played.dropped
+    )
+
+
+def _of_common_poll(error: BaseException | None) -> bool:
+    """Whether samples failed that are polled for together, from 0.26.2 on."""
+    return type(error) is tinker.TinkerError and "retrieve_futures polling failed" in str(error)
+
+
+def _meets(fault: DrawnFault, result: Result, *, polls: bool) -> bool:
+    if fault.kinds is None:
         return True
     if polls:
-        return any(kind.startswith("poll") for kind in trouble.kinds)
-    return not set(trouble.kinds).isdisjoint(KINDS_OF[result.op])
+        return any(kind.startswith("poll") for kind in fault.kinds)
+    return not set(fault.kinds).isdisjoint(KINDS_OF[result.op])
 
 
-def _noted(result: Result) -> Iterator[str]:
-    """A 404 that may be the gateway's is handed on with a note that says what was seen."""
+def _noted(played: Played, result: Result, made: list[list[Exchange]]) -> Iterator[str]:
+    """A 404 that may be the gateway's is raised with a note that says what was seen."""
     assert result.error is not None
     for link in programs.chain(result.error):
         response = getattr(link, "response", None)
@@ -412,6 +497,12 @@ def _noted(result: Result) -> Iterator[str]:
         note = f"{programs.notes(result.error)} {result.error}"
         if (verdict is not _verdict.Verdict.POD) != ("tinker_routefix:" in note):
             yield f"with the note {note!r}, from a 404 of verdict {verdict.value}: {result}"
+    if len(made) != 1 or any(result.began <= at <= result.ended for at in played.dropped):
+        return
+    said = UNCERTAIN_NOTE in programs.notes(result.error)
+    final = sent_in_vain(made[0])
+    if said != (final is not None and isinstance(result.error, tinker.NotFoundError)):
+        yield f"with the note {programs.notes(result.error)!r}, after {final}: {result}"
 
 
 # --- For how long, and how often ---------------------------------------------------------
@@ -442,7 +533,7 @@ def _budgets(played: Played) -> Iterator[str]:
 
 def _slept_on(played: Played) -> Iterator[str]:
     """Who waits for the route is released when it answers, to whomever."""
-    if played.words:
+    if played.control_plane_replies:
         # Before it waits, and before it is sent again, the control plane is asked.
         return
     answers = {
@@ -469,16 +560,19 @@ def _slept_on(played: Played) -> Iterator[str]:
 
 
 def _failed_late(played: Played) -> Iterator[str]:
-    """What is handed on is handed on at once."""
-    if played.words:
-        # Before it waits, and before it is sent again, the control plane is asked.
-        return
+    """What is raised to the program is raised at once."""
+    submissions = _submissions(played)
     last: dict[int, float] = {}
     for exchange in played.exchanges:
         tag = _tag(exchange) if exchange.said and exchange.refused else None
         if tag is not None:
             last[tag] = exchange.at + exchange.seconds
     for result in played.results:
+        # Before it waits, and before it is sent again, the control plane is asked; not about what
+        # may not be sent again whatever it replies.
+        final = any(map(sent_in_vain, submissions[result.tag]))
+        if played.control_plane_replies and not final:
+            continue
         if result.state == "failed" and isinstance(result.error, tinker.NotFoundError):
             seconds = result.ended - last.get(result.tag, result.ended)
             if result.op in ONE_SUBMISSION and seconds > _slack(played):
@@ -489,8 +583,8 @@ def _not_warm(played: Played) -> Iterator[str]:
     """Connecting has ended with so many answers over fresh connections."""
     probes = ("get_info",)
     if any(
-        not trouble.of_gateway and (trouble.kinds is None or "get_info" in trouble.kinds)
-        for trouble in played.schedule.troubles
+        not fault.of_gateway and (fault.kinds is None or "get_info" in fault.kinds)
+        for fault in played.schedule.all_faults()
     ):
         return
     for result in played.results:
@@ -508,7 +602,7 @@ def _not_warm(played: Played) -> Iterator[str]:
 
 def _questions(played: Played) -> Iterator[str]:
     """At most one a job and second, whatever is in flight."""
-    for job, asked in _words(played).items():
+    for job, asked in _questions_about(played).items():
         for before, after in itertools.pairwise(asked):
             if after.at - before.at < 1.0:
                 yield f"asked again about {job} after {after.at - before.at:.3f} s"

@@ -1,4 +1,4 @@
-"""What a schedule is: the troubles of a gateway, the words of a control plane, a program.
+"""What a schedule is: faults of a gateway, replies of a control plane, and a program.
 
 A schedule is plain data, so that hypothesis can shrink it and a failing one can be printed as
 a program. All times are in seconds of the faster clock. Nothing here imports tinker.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tinker_routefix.lab import GATEWAY_404, Answer, Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Phase = Literal["connect", "work"]
 """When something is armed: before the first client connects, or once all have."""
@@ -41,19 +44,27 @@ PLAIN_SHAPES: Final[dict[str, dict[str, Any]]] = {
     "410": {"answer": Answer(410, {"error": "gone"})},
     "429": {"answer": Answer(429, {"error": "slow down"})},
     "500": {"answer": Answer(500, "oops", "text/plain"), "at": "pod"},
+    "502": {"answer": Answer(502, b"")},
     "503": {"answer": Answer(503, {"queue_state": "route_not_ready"})},
     "drop": {"answer": None, "drop": True},
     "lost answer": {"answer": None, "lost_answer": True},
     "lost answer, 502": {"answer": Answer(502, b""), "lost_answer": True},
+    "lost answer, 504": {"answer": Answer(504, b""), "lost_answer": True},
     "hang": {"answer": None, "hang": True},
     "slow": {"answer": None},
 }
 """Everything else that can go wrong: none of the shim's business."""
 
-LOST: Final = ("lost answer", "lost answer, 502")
+LOST: Final = ("lost answer", "lost answer, 502", "lost answer, 504")
 """Where the trainer carries out a request and the client does not hear of it."""
 
-WORDS: Final[dict[str, dict[str, Any]]] = {
+UNCERTAIN: Final = (*LOST, "500", "502", "drop")
+"""Where the client cannot know whether a request was carried out."""
+
+REFUSED_UNSEEN: Final = ("429", "503", "bare 400")
+"""Where it knows that the request was not, and tinker sends it again."""
+
+REPLIES: Final[dict[str, dict[str, Any]]] = {
     **{
         state: {"answer": Answer(200, {"state": f"JOB_STATE_{state}"})}
         for state in ("CREATING", "DELETED", "PAUSED", "SINGING")
@@ -70,12 +81,12 @@ WORDS: Final[dict[str, dict[str, Any]]] = {
 }
 """What the control plane may say for a while instead of RUNNING; ``slow``: RUNNING, but late."""
 
-OVER: Final = ("DELETED", "PAUSED", "missing", "forbidden")
-"""Words after which nothing is sent again, not even at connect."""
+ENDED: Final = ("DELETED", "PAUSED", "missing", "forbidden")
+"""Replies after which nothing is sent again, not even at connect."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trouble:
+class DrawnFault:
     """Requests that go wrong for a while."""
 
     phase: Phase
@@ -91,10 +102,12 @@ class Trouble:
     replica: int | None = None
     job: int | None = None
     """Which of the two jobs; None: both."""
+    then: DrawnFault | None = None
+    """What follows at once when this one strikes for the first time; its phase does not count."""
 
     @property
     def of_gateway(self) -> bool:
-        """Whether it answers with 404s that the shim takes for the gateway's."""
+        """Whether it answers with 404s that the shim treats as the gateway's."""
         return self.shape in GATEWAY_SHAPES
 
     @property
@@ -118,16 +131,17 @@ class Trouble:
             delay=self.delay,
             replica=self.replica,
             job=None if self.job is None else jobs[self.job],
+            then=None if self.then is None else self.then.fault(jobs),
             **how,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Word:
-    """What the control plane says for a while."""
+class Reply:
+    """What the control plane replies for a while."""
 
     phase: Phase
-    says: str
+    reply: str
     starts: float = 0.0
     seconds: float = inf
     job: int | None = None
@@ -140,7 +154,7 @@ class Word:
             starts=self.starts,
             seconds=self.seconds,
             job=None if self.job is None else jobs[self.job],
-            **WORDS[self.says],
+            **REPLIES[self.reply],
         )
 
 
@@ -194,8 +208,8 @@ class Schedule:
 
     clients: tuple[Client, ...]
     actors: tuple[Actor, ...]
-    troubles: tuple[Trouble, ...] = ()
-    words: tuple[Word, ...] = ()
+    faults: tuple[DrawnFault, ...] = ()
+    control_plane_replies: tuple[Reply, ...] = ()
     happenings: tuple[Happening, ...] = ()
     replicas: int = 1
     work_seconds: float = 0.0
@@ -207,6 +221,19 @@ class Schedule:
     pyqwest: bool = False
     """Whether the second HTTP transport is used (0.22.0 and later)."""
     seed: int = 0
+
+    def all_faults(self) -> Iterator[DrawnFault]:
+        """Every fault, those that follow others included."""
+        for fault in self.faults:
+            link: DrawnFault | None = fault
+            while link is not None:
+                yield link
+                link = link.then
+
+    def loses_in_outage(self) -> bool:
+        """Whether there are tries that may have been carried out and gateway 404s, both."""
+        shapes = [fault.shape for fault in self.all_faults()]
+        return not GATEWAY_SHAPES.keys().isdisjoint(shapes) and not {*UNCERTAIN}.isdisjoint(shapes)
 
     def script(self) -> str:
         """A program that plays it, to be run in a checkout."""

@@ -12,7 +12,7 @@ os.environ.setdefault("TINKER_API_KEY", "tml-schedule")
 os.environ.setdefault("TINKER_ROUTEFIX_STRICT", "1")
 
 import tinker_routefix
-from tests.schedules.judge import complaints
+from tests.schedules.judge import violations
 from tests.schedules.runner import play
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def replay(schedule: Schedule) -> None:
     played = play(schedule, shim=shim)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(played.lines())
-    found = complaints(played)
+    found = violations(played)
     for one in found:
         console.print(one, style="bold red")
-    console.print(f"{len(found)} complaints, {'with the shim' if shim else 'plain tinker'}")
+    console.print(f"{len(found)} violations, {'with the shim' if shim else 'plain tinker'}")
     raise SystemExit(bool(found))

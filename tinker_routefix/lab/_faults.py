@@ -70,6 +70,8 @@ class Exchange:
     """Numbers the TCP connections of a lab, from 0."""
     status: int | None = None
     """None while in flight, and for ever when the connection was closed instead."""
+    error: Answer | None = None
+    """The answer, where it was an error."""
     refused: bool = False
     """Whether the gateway answered it with 404."""
     reached: bool = False
@@ -136,6 +138,8 @@ class Fault:
     lost_answer: bool = False
     """Let the trainer carry it out, then answer as above; with ``answer=None`` like ``drop``."""
     when: Callable[[Exchange], bool] | None = None
+    then: Fault | None = None
+    """Armed when this one strikes for the first time."""
 
     hits: int = field(default=0, init=False)
     """How often it struck."""
@@ -211,6 +215,8 @@ class Faults:
             # What a predicate arms is reached too, hence the clock is read anew for each.
             for fault in self._faults:
                 if fault._strikes(exchange, stage, time.monotonic()):
+                    if fault.then is not None and fault.hits == 1:
+                        self.arm(fault.then)
                     delay += fault.delay
                     if not fault.only_delays:
                         return delay, fault

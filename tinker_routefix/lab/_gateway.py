@@ -44,6 +44,7 @@ _CONTROL_PLANE: Final = re.compile(r"/v1/accounts(?:/([^/]+)/rlorTrainerJobs/([^
 _DIRECT: Final = "/direct"
 _ELSEWHERE: Final = "/elsewhere"
 _DRIP_SECONDS: Final = 0.2
+_FIRST_ERROR: Final = 400
 
 
 def _error(status: int, code: str, message: str) -> Answer:
@@ -103,6 +104,8 @@ class Gateway:
         self.control_plane = ControlPlane()
         self.exchanges: list[Exchange] = []
         self.trainers: dict[str, Trainer] = {}
+        self.closed_at: list[float] = []
+        """When all connections were closed: answers that were on their way are lost."""
         self._settings = settings
         self._replicas = replicas
         self._pinning = pinning
@@ -126,6 +129,7 @@ class Gateway:
 
     def close_connections(self) -> None:
         """Close every open connection at once."""
+        self.closed_at.append(self.clock())
         for transport in list(self._connections):
             if isinstance(transport, asyncio.WriteTransport):
                 transport.abort()
@@ -139,6 +143,8 @@ class Gateway:
         self.exchanges.append(exchange)
         try:
             answer = await self._answer(request, exchange)
+            if isinstance(answer, Answer) and answer.status >= _FIRST_ERROR:
+                exchange.error = answer
             response = _as_response(answer) if isinstance(answer, Answer) else answer
             exchange.status = response.status
             return response

@@ -190,10 +190,13 @@ class Lab:
 
     def fault(self, fault: Fault) -> Fault:
         """Arm a fault: its clock and its counters start now. The first one that applies wins."""
-        for name in {*(fault.kinds or ()), *fault.excluding}:
-            if name.partition(":")[0] not in KINDS:
-                # It would never strike, and the test that armed it would prove nothing.
-                raise ValueError(f"not a kind of requests: {name!r}")
+        link: Fault | None = fault
+        while link is not None:
+            for name in {*(link.kinds or ()), *link.excluding}:
+                if name.partition(":")[0] not in KINDS:
+                    # It would never strike, and the test that armed it would prove nothing.
+                    raise ValueError(f"not a kind of requests: {name!r}")
+            link = link.then
         return self._gateway.faults.arm(fault)
 
     def stale(
