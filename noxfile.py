@@ -1,355 +1,382 @@
-"""The test matrix: releases of tinker by releases of Python, and the checks around it.
+"""`nox`: README's test command. `nox -t ci`: what CI adds. `-t wide`: nightly. `-t update`: writes.
 
-`nox` alone is what CI runs: the checks, the matrix, the releases where something changed, the
-Fireworks SDKs, and other packages that patch. `nox -t wide` adds tinker's own tests, both
-majors of wrapt, today's newest tinker, Ray and notebooks; `nox -s survey` is every release
-there is, in one table. `nox -l` lists the parts; options behind `--` go to what a part runs.
+The releases and Pythons are those of `tests/releases/matrix.toml`; options behind `--` go to
+what a session runs. The last line says what did not run.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import hashlib
+import json
 import os
-import re
 import shutil
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import nox
 from nox.command import CommandFailed
 from packaging.requirements import Requirement
 
-nox.needs_version = ">=2024.10.9"
-nox.options.default_venv_backend = "uv|virtualenv"
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+# The first with `--parallel`.
+nox.needs_version = ">=2026.10.20"
+nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
-# An interpreter that is missing is said so, not fetched.
+nox.options.allow_parallel = True
+# A missing interpreter is reported, neither fetched nor, on CI, a failure: one may be too new.
 nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
 # Where bytecode is not kept, every process that a test starts compiles tinker anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-PYTHONS = nox.project.python_versions(PROJECT)
-NEWEST_PYTHON = PYTHONS[-2]
-"""For what needs to run once: the newest but one, which every tool supports."""
-
-TINKERS = (
-    "0.15.0",  # under fireworks-ai 1.0.0a40 to a62; every submission in turn
-    "0.16.1",  # under 1.0.1a63 to 1.2.0a7x
-    "0.22.2",  # under 1.2.0a75 to a85; client config, parallel parts, protobuf results
-    "0.22.7",  # under 1.2.0a89 and 1.2.0
-    "0.23.0",  # under 1.2.1 to 1.2.2x
-    "newest",
-)
-
-FIREWORKS = {
-    # One release for each tinker that the SDK was ever pinned to, and its own copy.
-    "tinker-0.15.0": ["fireworks-ai==1.0.0a62", "tinker==0.15.0", "requests"],
-    "tinker-0.16.1": ["fireworks-ai[training-sdk]==1.2.0a73"],
-    "tinker-0.22.2": ["fireworks-ai[training-sdk]==1.2.0a85"],
-    "tinker-0.22.7": ["fireworks-ai[training-sdk]==1.2.0"],
-    "tinker-0.23.0": ["fireworks-ai[training-sdk]==1.2.24"],
-    "own-copy": ["fireworks-ai[training-sdk]==1.2.28"],
+MATRIX = nox.project.load_toml("tests/releases/matrix.toml")
+PYTHONS: list[str] = MATRIX["pythons"]
+MAIN_PYTHON: str = MATRIX["main_python"]
+OLDEST_PYTHON: str = MATRIX["oldest_python"]
+RUNNING_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+ENDS: list[str] = MATRIX["everywhere"]
+OLDEST = ENDS[0]
+FILES = {
+    name: [f"tests/test_{file}.py" for file in files] for name, files in MATRIX["files"].items()
 }
 
-PROCESSES = (
-    # Only up to 0.27.0 tinker can sample in a process of its own.
-    (PYTHONS[0], "0.15.0"),
-    (NEWEST_PYTHON, "newest"),
-    (PYTHONS[-1], "0.23.0"),
-)
-
-WITHOUT_TINKER = [
-    "tests/test_autoload.py",
-    "tests/test_cli.py",
-    "tests/test_control_plane.py",
-    "tests/test_demo.py",
-    "tests/test_lab.py",
-    "tests/test_limits.py",
-    "tests/test_policy.py",
-    "tests/test_releases.py",
-    "tests/test_settings.py",
-    "tests/test_verdict.py",
-    "tests/test_waiting.py",
-]
-"""Tests that say the same whatever tinker is installed: they run once for each Python."""
-
-WITH_TINKER = ["tests/test_seams.py", "tests/test_steps_aside.py", "tests/test_survives.py"]
-
-PROOF = [
-    "tests/test_bad_input.py",
-    "tests/test_events.py",
-    "tests/test_failures.py",
-    "tests/test_retirement.py",
-    "tests/test_secrets.py",
-]
-"""What is fuzzed, broken and searched for: on the first and the last tinker of the matrix."""
-
+CACHE = Path(".nox/.cache").absolute()
 # The tests wait more than they work, so there are more of them at a time than cores.
 PYTEST = ("-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
+
+
+# --- What ran, in one line ---------------------------------------------------------------
+
+RUN = Path(os.environ.get("NOX_RUN") or tempfile.mkdtemp(prefix="nox-"))
+"""Reports of this run; sessions that run in parallel are processes that share it."""
+
+
+def junit(report: Path) -> Counter[tuple[str, bool]]:
+    """For each file of tests, how many ran and how many were skipped."""
+    counts: Counter[tuple[str, bool]] = Counter()
+    for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - our own
+        # A file that skips itself as a whole is a case without a class.
+        where = (case.get("classname") or case.get("name") or "").split(".")
+        counts[([*where, "?"])[1], case.find("skipped") is None] += 1
+    return counts
+
+
+def print_last_line() -> None:
+    """What did not run, whatever the reason."""
+    report = RUN / "report.json"
+    if report.is_file():
+        sessions = json.loads(report.read_text("utf-8"))["sessions"]
+        tests = sum((junit(path) for path in RUN.glob("*.xml")), Counter[tuple[str, bool]]())
+        counts = Counter(ran for (_, ran), number in tests.items() for _ in range(number))
+        idle = sorted({file for file, _ in tests} - {file for file, ran in tests if ran})
+        missed = [
+            f"{(one['signatures'] or [one['name']])[0]}: {one['reason']}"
+            for one in sessions
+            if one["result"] == "skipped"
+        ]
+        minutes = sum(one["duration"] for one in sessions) / 60
+        sys.stderr.write(
+            f"nox > {len(sessions)} sessions, {minutes:.1f} minutes in sum; tests: {counts[True]} "
+            f"ran, {counts[False]} skipped; {len(missed)} sessions NOT RUN"
+            + (f" ({'; '.join(missed)})" if missed else "")
+            + (f"; {len(idle)} files without a test that ran ({', '.join(idle)})" if idle else "")
+            + "; for more: nox -t ci, nox -t wide\n"
+        )
+    shutil.rmtree(RUN, ignore_errors=True)
+
+
+if "NOX_RUN" not in os.environ:
+    os.environ["NOX_RUN"] = str(RUN)
+    nox.options.report = str(RUN / "report.json")
+    atexit.register(print_last_line)
+
+
+# --- How sessions install and test -------------------------------------------------------
+
+
+@functools.cache
+def state() -> str:
+    """What the tests and their coverage depend on: neither is mixed with another commit's."""
+    digest = hashlib.sha256(Path("pyproject.toml").read_bytes())
+    for folder in ("autoload", "tests", "tinker_routefix"):
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(f"{path.as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def wheel(session: nox.Session) -> str:
+    """The package, built once for all sessions: they test the file that a user would install."""
+    folder = CACHE / "wheels" / state()
+    if not folder.is_dir():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        part = Path(session.create_tmp()) / "wheel"
+        session.run("uv", "build", "--quiet", "--wheel", f"--out-dir={part}", external=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(part, folder, dirs_exist_ok=True)
+    return str(next(folder.glob("*.whl")))
+
+
+def dependencies(*groups: str) -> list[str]:
+    return list(nox.project.dependency_groups(PROJECT, *groups))
+
+
+def install(session: nox.Session, *requirements: str, extra: str = "[lab]") -> None:
+    """The package, what tests need, and more; the newest where no release is given."""
+    upgrade = [f"--upgrade-package={name}" for name in requirements if name == "tinker"]
+    package = f"tinker-routefix{extra} @ file://{wheel(session)}"
+    session.install(package, *upgrade, *requirements, *dependencies("test"))
 
 
 def requirement(tinker: str) -> str:
     return "tinker" if tinker == "newest" else f"tinker=={tinker}"
 
 
-def install(session: nox.Session, tinker: str) -> None:
-    session.install(".[lab]", requirement(tinker), *nox.project.dependency_groups(PROJECT, "test"))
-
-
 def away(session: nox.Session) -> None:
     """Go where the tests are and the sources are not: they run with the installed package."""
-    here = Path(session.create_tmp()) / "away"
+    here = Path(session.create_tmp()).absolute() / "away"
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir()
     for folder in ("docs", "examples", "tests", "tools"):
         shutil.copytree(folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "noxfile.py"):
+    for name in ("pyproject.toml", "README.md"):
         shutil.copy(name, here)
     session.chdir(here)
 
 
-def pytest(session: nox.Session, files: list[str], *, covered: bool = True) -> None:
-    """Run tests; on one of the Pythons with what they cover noted for `coverage`."""
-    data = coverage_data(session)
-    away(session)
+def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
+    """Run tests; where CI runs them on the main Python, `coverage` is told what they cover."""
+    if Path.cwd().name != "away":
+        away(session)
+    number = len(list(RUN.glob("*.xml")))
+    report = RUN / f"{session.name.replace('/', '-')}-{number}.xml"
     python: tuple[str, ...] = ("python",)
-    if covered and session.python == NEWEST_PYTHON:
-        for old in data.parent.glob(f"{data.name}*"):
-            old.unlink()
+    if covered and session.python == MAIN_PYTHON:
+        data = CACHE / "coverage" / state() / f".coverage.{session.name}.{number}"
+        data.parent.mkdir(parents=True, exist_ok=True)
         session.env["COVERAGE_FILE"] = str(data)
         python = ("python", "-m", "coverage", "run", "--rcfile=tests/coverage.toml")
-    session.run(*python, *PYTEST, *(session.posargs or files))
+    # 5: nothing was collected.
+    session.run(
+        *(*python, *PYTEST, f"--junitxml={report}"),
+        *(session.posargs or options),
+        success_codes=[0, 5],
+    )
+    if not any(ran for _, ran in junit(report)):
+        session.skip("no test ran")
 
 
-def coverage_data(session: nox.Session) -> Path:
-    """Where a session notes what its tests cover: a file of each process, named like this."""
-    name = re.sub(r"[^a-z0-9]+", "-", session.name.lower())
-    folder = session.cache_dir.absolute() / "coverage"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f".coverage.{name}"
-
-
-def survey_releases(session: nox.Session, *options: str) -> None:
-    """Many releases in one environment, several at a time."""
-    install(session, "newest")
-    # Some releases cannot be imported without grpcio; wheels are fetched with pip.
-    session.install("grpcio", "packaging", "pip")
-    torch = torch_folder(session)
-    away(session)
-    session.run(*("python", "-m", "tools.survey", f"--torch={torch}", *options), *session.posargs)
-
-
-def torch_folder(session: nox.Session) -> Path:
-    """What only the releases before 0.8.0 need, away from the others: they import it too."""
-    folder = session.cache_dir.absolute() / f"torch-{session.python}"
-    # On Linux the plain requirement would bring CUDA along, elsewhere it is the CPU's.
-    build = "torch==2.13.0+cpu" if sys.platform == "linux" else "torch==2.13.0"
-    if not folder.is_dir():
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        # Of pip, whose settings say where the CPU's build is.
-        pip = ("python", "-m", "pip", "install", "--quiet", f"--target={part}")
+def each(session: nox.Session, rows: Iterable[str], run: Callable[[str], None]) -> None:
+    """Run all rows of a session, also after one has failed, and name those that have."""
+    failed = []
+    for row in rows:
+        session.log(f"{session.name}: {row}")
         try:
-            session.run(*pip, "--only-binary=:all:", build)
+            run(row)
         except CommandFailed:
-            session.warn(f"pip finds no {build} here: the releases that need it are skipped")
-        else:
-            part.rename(folder)
-    return folder
+            failed.append(row)
+    if failed:
+        session.error(f"failed with {', '.join(failed)}")
 
 
-def environment(session: nox.Session, name: str, requirements: list[str]) -> Path:
-    """One more environment of a session, kept between runs: its interpreter."""
-    folder = Path(session.create_tmp()).absolute() / name
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.exists():
-        session.run("python", "-m", "venv", "--without-pip", str(folder))
-    if session.venv_backend == "uv":
-        install = ["uv", "pip", "install", "--quiet", f"--python={python}"]
-    else:
-        install = ["python", "-m", "pip", f"--python={python}", "install", "--quiet"]
-    session.run(*install, *requirements, external=True)
-    return python
+def check_python(session: nox.Session) -> None:
+    """Sessions without a Python of their own run on nox's."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - nox itself runs on older ones
+        leave = session.error if os.environ.get("CI") == "true" else session.skip
+        leave(f"nox runs on Python {RUNNING_PYTHON}, and 3.11 or newer is needed")
 
 
-def fireworks_requirements(row: str) -> list[str]:
-    return [".[lab]", *FIREWORKS[row], *nox.project.dependency_groups(PROJECT, "test")]
+# --- nox ---------------------------------------------------------------------------------
 
 
-@nox.session(python=NEWEST_PYTHON, tags=["quick"])
+@nox.session
 def lint(session: nox.Session) -> None:
-    """Style and format."""
-    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
+    """Style, format and line ends; `-- --fix` mends them: the hook of pre-commit."""
+    check_python(session)
+    session.install(*dependencies("lint"))
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), ".")
+    session.run("ruff", "format", *([] if fix else ["--check"]), ".")
+    listed = str(session.run("git", "ls-files", external=True, silent=True)).splitlines()
+    files = [name for name in listed if name != "LICENSE" and Path(name).is_file()]
+    # mkdocs.yml names Python objects.
+    for hook, suffixes in (
+        (["check-toml"], (".toml",)),
+        (["check-yaml", "--unsafe"], (".yml", ".yaml")),
+        (["end-of-file-fixer"], ("",)),
+        (["trailing-whitespace-fixer"], ("",)),
+    ):
+        session.log(hook[0])
+        session.run(*hook, *[name for name in files if name.endswith(suffixes)], log=False)
 
 
-@nox.session(python=NEWEST_PYTHON, tags=["quick"])
+@nox.session
 def types(session: nox.Session) -> None:
-    """Strict type checks of the package, its lab and its tests."""
-    session.install("-e", ".[lab,tinker]", *nox.project.dependency_groups(PROJECT, "dev"))
-    session.run("mypy")
+    """Strict types of the package, its tests and its tools."""
+    check_python(session)
+    extras = PROJECT["project"]["optional-dependencies"]
+    session.install(*PROJECT["project"]["dependencies"], *extras["lab"], *extras["tinker"])
+    session.install(*dependencies("dev"))
+    session.run("mypy", *session.posargs)
 
 
-@nox.session(python=PYTHONS)
+@nox.session
 def tests(session: nox.Session) -> None:
-    """What does not depend on tinker's release, and the demo."""
-    install(session, "newest")
-    pytest(session, WITHOUT_TINKER)
+    """All tests but the long ones, with the newest tinker, on the Python that runs nox."""
+    check_python(session)
+    install(session, "tinker")
+    apart = [f"--ignore={name}" for name in FILES["own-session"]]
+    pytest(session, "-m", "not long", "tests", *apart)
 
 
-@nox.session(python=PYTHONS)
-@nox.parametrize("tinker", TINKERS)
-def race(session: nox.Session, tinker: str) -> None:
-    """Every fault, first on plain tinker and then with the shim."""
-    install(session, tinker)
-    # What the ones between cover, the first and the last do too.
-    pytest(session, WITH_TINKER, covered=tinker in (TINKERS[0], TINKERS[-1]))
+@nox.session
+def core(session: nox.Session) -> None:
+    """The core tests with the oldest tinker of the matrix, on the Python that runs nox."""
+    check_python(session)
+    install(session, requirement(OLDEST))
+    pytest(session, "-m", "core", "tests")
 
 
-@nox.session(python=NEWEST_PYTHON)
-@nox.parametrize("tinker", [TINKERS[0], TINKERS[-1]])
-def proof(session: nox.Session, tinker: str) -> None:
-    """Bad input, failures, and keys where they must not be."""
-    install(session, tinker)
-    pytest(session, PROOF)
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages build strictly, their programs run, and what they name exists."""
+    check_python(session)
+    install(session, *dependencies("docs"), extra="[lab,tinker]")
+    # Not --quiet: it keeps warnings from --strict as well.
+    site = Path(session.create_tmp()).absolute() / "site"
+    session.run("mkdocs", "build", "--strict", f"--site-dir={site}")
+    report = f"--junitxml={RUN / 'docs.xml'}"
+    files = session.posargs or ["tests/test_docs.py"]
+    session.run("python", "-m", "pytest", "-q", report, *files)
 
 
-@nox.session()
-@nox.parametrize("python,tinker", PROCESSES)
-def processes(session: nox.Session, tinker: str) -> None:
-    """Every way in which a run gets a second process, but for Ray's and Jupyter's."""
-    install(session, tinker)
-    pytest(session, ["tests/test_processes.py"])
+# --- nox -t ci ---------------------------------------------------------------------------
 
 
-@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
-def ray(session: nox.Session) -> None:
-    """Ray's workers."""
-    install(session, "newest")
-    session.install("ray")
-    # Each test starts a cluster.
-    pytest(session, ["-n", "2", "tests/test_ray.py"])
+@nox.session(python=PYTHONS, tags=["ci"], default=False)
+def compat(session: nox.Session) -> None:
+    """Each tinker on the main Python, the oldest and the newest on all."""
+    main = session.python == MAIN_PYTHON
+
+    def run(tinker: str) -> None:
+        install(session, requirement(tinker))
+        if tinker != "newest":
+            # What tinkers between the first and the last cover, those do too.
+            pytest(session, *FILES["compat"], covered=tinker in ENDS)
+        elif main:
+            apart = [f"--ignore={name}" for name in FILES["own-session"]]
+            pytest(session, "tests", *apart)
+        elif session.python != RUNNING_PYTHON:
+            # Where nox runs, `tests` has had it.
+            pytest(session, "-m", "not long", *FILES["any-tinker"], *FILES["compat"])
+
+    each(session, MATRIX["tinkers"] if main else ENDS, run)
 
 
-@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
-def jupyter(session: nox.Session) -> None:
-    """A notebook's kernel, with nest_asyncio and without."""
-    install(session, "newest")
-    session.install("ipykernel", "nbclient", "nest_asyncio")
-    pytest(session, ["tests/test_jupyter.py"])
+@nox.session(name="compat-boundaries", python=OLDEST_PYTHON, tags=["ci"], default=False)
+def compat_boundaries(session: nox.Session) -> None:
+    """The core tests on the releases of tinker where something changed."""
+    install(session, "tinker", "grpcio", "packaging", "pip")
+    pytest(session, "tests/survey.py", "-k", "boundary")
 
 
-@nox.session(python=NEWEST_PYTHON)
-def examples(session: nox.Session) -> None:
-    """The recipes for structlog, Prometheus and OpenTelemetry, and what arrives there."""
-    install(session, "newest")
-    session.install(*nox.project.dependency_groups(PROJECT, "examples"))
-    pytest(session, ["tests/test_examples.py"])
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
+def robustness(session: nox.Session) -> None:
+    """Bad input, failures, and keys where they must not be, with the oldest tinker."""
+    install(session, requirement(OLDEST))
+    pytest(session, *FILES["robustness"])
 
 
-@nox.session(python=NEWEST_PYTHON, default=False)
-def screenshots(session: nox.Session) -> None:
-    """Make the pictures of the command line anew; `-- check` for one of them."""
-    install(session, "newest")
-    session.run("python", "-m", "tools.screenshots", *session.posargs)
+@nox.session(python=list(MATRIX["processes"]), tags=["ci"], default=False)
+def processes(session: nox.Session) -> None:
+    """Spawned children, sidecars, launchers, pickled clients, forks."""
+    install(session, requirement(MATRIX["processes"][session.python]))
+    pytest(session, *FILES["processes"])
 
 
-@nox.session(python=NEWEST_PYTHON)
-@nox.parametrize("tinker", [TINKERS[0], TINKERS[-1]])
-def schedules(session: nox.Session, tinker: str) -> None:
-    """Schedules of troubles, drawn with fixed seeds: a few hundred."""
-    install(session, tinker)
-    # Its clock runs ten times as fast: nothing may slow it down, also not too many at a time.
-    pytest(session, ["-n", "3", "tests/test_schedules.py"], covered=False)
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
+def schedules(session: nox.Session) -> None:
+    """Schedules of faults, drawn with fixed seeds: SCHEDULES of them, 320 by default."""
+
+    def run(tinker: str) -> None:
+        install(session, requirement(tinker))
+        # Its clock runs ten times as fast: nothing may slow it down, also not too many at a time.
+        pytest(session, "-n", "3", "tests/test_schedules.py", covered=False)
+
+    each(session, ENDS, run)
 
 
-@nox.session(python=NEWEST_PYTHON, default=False)
-@nox.parametrize("tinker", [TINKERS[0], TINKERS[-1]])
-def soak(session: nox.Session, tinker: str) -> None:
-    """Thousands of schedules, others each time: SCHEDULES of them, 4,000 by default."""
-    install(session, tinker)
-    session.env["SCHEDULES"] = os.environ.get("SCHEDULES", "4000")
-    session.env["SCHEDULES_SEED"] = os.environ.get("SCHEDULES_SEED", "random")
-    pytest(session, ["-n", "3", "tests/test_schedules.py"], covered=False)
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
+def fireworks(session: nox.Session) -> None:
+    """The Fireworks SDK on each tinker that it was ever pinned to, and with its own copy."""
+
+    def run(row: str) -> None:
+        # No row may find the tinker of another one.
+        session.run("uv", "pip", "uninstall", "--quiet", "tinker", "fireworks-ai", external=True)
+        install(session, *MATRIX["fireworks"][row])
+        pytest(session, "tests/test_fireworks.py")
+
+    each(session, MATRIX["fireworks"], run)
 
 
-@nox.session(python=NEWEST_PYTHON, default=False)
-def bench(session: nox.Session) -> None:
-    """Plain tinker, two earlier strategies and the shim, measured side by side."""
-    session.install("-e", ".[lab,tinker]", *nox.project.dependency_groups(PROJECT, "bench"))
-    session.run("python", "-m", "benchmarks", *session.posargs)
-
-
-@nox.session(python=NEWEST_PYTHON, default=False)
-def mutants(session: nox.Session) -> None:
-    """Whether the tests notice small changes of the shim's core; `-- _verdict` for one module."""
-    install(session, "newest")
-    session.install("cosmic-ray>=8.4")
-    session.run("python", "-m", "tools.mutants", *session.posargs)
-
-
-@nox.session(python=PYTHONS[0])
-def boundaries(session: nox.Session) -> None:
-    """The same on the releases where something changed and that `race` does not run."""
-    files = [f"--file={name}" for name in WITH_TINKER]
-    elsewhere = [f"--elsewhere={tinker}" for tinker in TINKERS]
-    survey_releases(session, "--boundaries", "--timeout=1500", *files, *elsewhere)
-
-
-@nox.session(python=NEWEST_PYTHON)
-@nox.parametrize("row", list(FIREWORKS))
-def fireworks(session: nox.Session, row: str) -> None:
-    """The Fireworks SDK on top, for each tinker under it, and with its own copy."""
-    session.install(*fireworks_requirements(row))
-    pytest(session, ["tests/test_fireworks.py"])
-
-
-@nox.session(python=PYTHONS[0])
-def floors(session: nox.Session) -> None:
+@nox.session(python=OLDEST_PYTHON, tags=["ci"], default=False)
+def minimums(session: nox.Session) -> None:
     """The lowest wrapt, tenacity and httpx that are allowed."""
-    if session.venv_backend != "uv":
-        session.skip("only uv can resolve to the lowest direct dependencies: pip install uv")
-    session.install("--resolution=lowest-direct", ".")
+    session.install("--resolution=lowest-direct", f"tinker-routefix @ file://{wheel(session)}")
     lowest = session.run("uv", "pip", "freeze", silent=True, external=True) or ""
     names = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
     pins = [line for line in lowest.splitlines() if line.partition("==")[0] in names]
-    session.log(f"the floors are {', '.join(pins)}")
-    groups = nox.project.dependency_groups(PROJECT, "test")
-    session.install(".[lab]", "tinker==0.15.0", *pins, *groups)
+    session.log(f"the minimums are {', '.join(pins)}")
+    install(session, requirement(OLDEST), *pins)
     # httpx 0.23 uses a module that Python deprecates.
+    quiet = ("-W", "ignore::DeprecationWarning")
     files = ["tests/test_control_plane.py", "tests/test_policy.py", "tests/test_seams.py"]
-    pytest(session, ["-W", "ignore::DeprecationWarning", *files])
-    pytest(session, ["-W", "ignore::DeprecationWarning", "-m", "core", "tests"])
+    pytest(session, *quiet, *files)
+    pytest(session, *quiet, "-m", "core", "tests")
 
 
-@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
-@nox.parametrize("extension", [True, False], ids=["c", "pure"])
-@nox.parametrize("major", ["<2", ">=2"], ids=["wrapt1", "wrapt2"])
-def wrapt(session: nox.Session, major: str, extension: bool) -> None:
-    """Both majors of wrapt, with its C part and without."""
-    install(session, "newest")
-    session.install(f"wrapt{major}")
-    if not extension:
-        session.env["WRAPT_DISABLE_EXTENSIONS"] = "1"
-    pytest(session, ["-m", "core", "tests"])
-
-
-@nox.session(python=NEWEST_PYTHON)
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def coexist(session: nox.Session) -> None:
     """Beside other packages that patch tinker, httpx or asyncio."""
-    install(session, "newest")
-    session.install(
-        "ddtrace", "logfire", "nest_asyncio", "opentelemetry-instrumentation-httpx", "sentry-sdk"
-    )
-    pytest(session, ["tests/test_coexist.py"])
+    others = ("ddtrace", "logfire", "nest_asyncio", "opentelemetry-instrumentation-httpx")
+    install(session, "tinker", *others, "sentry-sdk")
+    pytest(session, "tests/test_coexist.py")
 
 
-@nox.session(python=NEWEST_PYTHON)
-def atlas(session: nox.Session) -> None:
-    """Whether what is written of the releases is what the package index has; and news."""
-    session.install(".", "click", "packaging", "pip")
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
+def examples(session: nox.Session) -> None:
+    """The recipes for structlog, Prometheus and OpenTelemetry, and what arrives there."""
+    install(session, "tinker", *dependencies("examples"))
+    pytest(session, "tests/test_examples.py")
+
+
+def test_wire(session: nox.Session, *options: str) -> None:
+    if missing := [name for name in ("nginx", "haproxy") if not shutil.which(name)]:
+        session.skip(f"not installed: {', '.join(missing)}")
+    install(session, "tinker")
+    pytest(session, "-n", "2", *options, "tests/test_wire.py", covered=False)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
+def wire(session: nox.Session) -> None:
+    """Real gateways: the nginx and the HAProxy of this machine, but for what takes long."""
+    test_wire(session, "-m", "not long")
+
+
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
+def releases(session: nox.Session) -> None:
+    """Whether the data on releases are what the package index has; and news."""
+    install(session, "packaging", "pip")
     check = ("python", "-m", "tools.releases", "--check", *session.posargs)
     # 75: the index cannot be reached. That is not the releases' fault, nor a success.
     said = str(session.run(*check, silent=True, success_codes=[0, 75]))
@@ -358,68 +385,95 @@ def atlas(session: nox.Session) -> None:
         session.skip("the package index cannot be reached")
 
 
-@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
-def latest(session: nox.Session) -> None:
-    """The newest tinker of today, also one that is not known here: its seams, the core tests."""
-    install(session, "newest")
-    session.install("--upgrade", "tinker")
-    away(session)
-    session.run("python", "-m", "tools.latest", *session.posargs)
-
-
-@nox.session(python=PYTHONS[0], default=False)
-def survey(session: nox.Session) -> None:
-    """The core tests on every release of tinker and the Fireworks SDKs, in one table.
-
-    Releases before 0.8.0 import torch; without it they are skipped, and said to be.
-    """
-    rows = [
-        f"--row={row}={environment(session, row, fireworks_requirements(row))}" for row in FIREWORKS
-    ]
-    survey_releases(session, *rows)
-
-
-@nox.session(python=NEWEST_PYTHON)
-def docs(session: nox.Session) -> None:
-    """The pages build strictly; their programs run, and what they name exists."""
-    groups = nox.project.dependency_groups(PROJECT, "docs", "test")
-    session.install("-e", ".[lab,tinker]", *groups)
-    site = Path(session.create_tmp()).absolute() / "site"
-    # Not --quiet: it keeps warnings from --strict as well.
-    session.run("mkdocs", "build", "--strict", f"--site-dir={site}")
-    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/test_docs.py"]))
-
-
-@nox.session(python=NEWEST_PYTHON)
+# In parallel it waits until all others have ended.
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
 def coverage(session: nox.Session) -> None:
-    """Every branch of the shim, over all that the sessions before this one have run."""
+    """Every branch of the shim, over what CI's sessions on the main Python cover."""
     session.install("coverage>=7.10")
-    data = coverage_data(session).parent
+    data = CACHE / "coverage"
+    for old in data.glob("*"):
+        if old.name != state():
+            shutil.rmtree(old)
+    if not (data / state()).is_dir():
+        session.skip("no data of this very code: `nox -t ci` collects them")
     # Elsewhere: a report deletes what it finds beside its file.
     session.env["COVERAGE_FILE"] = str(Path(session.create_tmp()).absolute() / ".coverage")
     options = "--rcfile=tests/coverage.toml"
-    session.run("coverage", "combine", "--keep", "--quiet", options, str(data))
+    session.run("coverage", "combine", "--keep", "--quiet", options, str(data / state()))
     session.run("coverage", "report", options, *session.posargs)
 
 
-@nox.session(python=NEWEST_PYTHON, default=False, tags=["wide"])
+# --- nox -t wide -------------------------------------------------------------------------
+
+
+@nox.session(python=PYTHONS, tags=["wide"], default=False)
+def survey(session: nox.Session) -> None:
+    """Every release of tinker: the core tests; all, the long ones too, where something changed."""
+    install(session, "tinker", "grpcio", "packaging", "pip")
+    pytest(session, "tests/survey.py", "--durations=0", covered=False)
+
+
+@nox.session(name="wire-all", python=MAIN_PYTHON, tags=["wide"], default=False)
+def wire_all(session: nox.Session) -> None:
+    """Real gateways, all of it."""
+    test_wire(session)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False, allow_parallel=False)
+def soak(session: nox.Session) -> None:
+    """Schedules that are others each time: SCHEDULES of them, 4,000 by default."""
+    session.env["SCHEDULES"] = os.environ.get("SCHEDULES", "4000")
+    session.env["SCHEDULES_SEED"] = os.environ.get("SCHEDULES_SEED", "random")
+    schedules(session)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
+def ray(session: nox.Session) -> None:
+    """Ray's workers."""
+    install(session, "tinker", "ray")
+    # Each test starts a cluster.
+    pytest(session, "-n", "2", "tests/test_ray.py", covered=False)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
+def jupyter(session: nox.Session) -> None:
+    """A notebook's kernel, with nest_asyncio and without."""
+    install(session, "tinker", "ipykernel", "nbclient", "nest_asyncio")
+    pytest(session, "tests/test_jupyter.py", covered=False)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
+def latest(session: nox.Session) -> None:
+    """The newest tinker of today, also one that is not known here: its seams, the core tests."""
+    install(session, "tinker", "packaging", "pip")
+    session.run("python", "-m", "tools.latest")
+    pytest(session, "-m", "core", "tests", covered=False)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
+def wrapt(session: nox.Session) -> None:
+    """Both majors of wrapt, with its C part and without."""
+
+    def run(row: str) -> None:
+        major, _, part = row.partition(" ")
+        install(session, "tinker", f"wrapt{major}")
+        session.env["WRAPT_DISABLE_EXTENSIONS"] = "1" if part == "pure" else ""
+        pytest(session, "-m", "core", "tests", covered=False)
+
+    each(session, ["<2", "<2 pure", ">=2", ">=2 pure"], run)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
 def downstream(session: nox.Session) -> None:
     """The tests that tinker's wheel carries, without the shim and with it: the same outcome."""
-    install(session, "newest")
-    session.install("pytest-asyncio", "respx")
-    where = session.run(
-        "python",
-        "-c",
-        "import tinker, pathlib; print(pathlib.Path(tinker.__file__).parent)",
-        silent=True,
-    )
+    install(session, "tinker", "pytest-asyncio", "respx")
     outcomes = []
     for switch in ("0", "1"):
-        report = Path(session.create_tmp()) / f"shim-{switch}.xml"
+        report = Path(session.create_tmp()).absolute() / f"shim-{switch}.xml"
         session.run(
             *("python", "-m", "pytest", "-q", "-p", "tinker_routefix", "-n", "4"),
-            *("-c", "/dev/null", "-o", "asyncio_mode=auto", "-o", "python_files=*_test.py"),
-            *("--import-mode=importlib", f"--junitxml={report.absolute()}", str(where).strip()),
+            *("-c", os.devnull, "-o", "asyncio_mode=auto", "-o", "python_files=*_test.py"),
+            *("--import-mode=importlib", f"--junitxml={report}", "--pyargs", "tinker"),
             env={"TINKER_ROUTEFIX": switch, "TINKER_API_KEY": "tml-tests"},
             success_codes=[0, 1],
         )
@@ -430,9 +484,39 @@ def downstream(session: nox.Session) -> None:
             }
         )
     plain, shim = outcomes
-    if not plain or plain != shim:
-        different = sorted(
-            str(case) for case in plain.keys() | shim.keys() if plain.get(case) != shim.get(case)
-        )
+    different = [str(case) for case in {*plain, *shim} if plain.get(case) != shim.get(case)]
+    if not plain or different:
         session.error(f"{len(plain)} tests, with another outcome under the shim: {different}")
     session.log(f"{len(plain)} tests of tinker's own: the same outcome with the shim")
+
+
+# --- nox -t update -----------------------------------------------------------------------
+
+
+@nox.session(name="update-releases", python=MAIN_PYTHON, tags=["update"], default=False)
+def update_releases(session: nox.Session) -> None:
+    """Write down what the package index has of tinker, and the README's table."""
+    install(session, "packaging", "pip")
+    session.run("python", "-m", "tools.releases", *session.posargs)
+    session.run("cog", "-r", "README.md")
+
+
+@nox.session(python=MAIN_PYTHON, tags=["update"], default=False)
+def screenshots(session: nox.Session) -> None:
+    """Make the pictures of the command line anew; `-- check` for one of them."""
+    install(session, "tinker")
+    session.run("python", "-m", "tools.screenshots", *session.posargs)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["update"], default=False)
+def mutants(session: nox.Session) -> None:
+    """Whether the tests notice small changes of the shim's core; `-- _verdict` for one module."""
+    install(session, "tinker", "cosmic-ray>=8.4")
+    session.run("python", "-m", "tools.mutants", *session.posargs)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["update"], default=False, allow_parallel=False)
+def bench(session: nox.Session) -> None:
+    """Plain tinker, earlier strategies and the shim, measured side by side."""
+    install(session, *dependencies("bench"), extra="[lab,tinker]")
+    session.run("python", "-m", "benchmarks", *session.posargs)

@@ -13,6 +13,8 @@ import inspect
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from functools import cache
@@ -23,6 +25,7 @@ import click
 import pytest
 
 import tinker_routefix
+from tests import releases as files
 from tests.common import CANARY
 from tinker_routefix import _cli, _settings, _switch, events, lab
 from tinker_routefix._cli import check as check_command
@@ -56,6 +59,8 @@ OPERATIONS = "docs/operations.md"
 COMMANDS = "docs/command-line.md"
 CONTRIBUTING = "CONTRIBUTING.md"
 RELEASE = ".github/workflows/release.yml"
+CI = ".github/workflows/ci.yml"
+TAGS = ("", "ci", "wide", "update")
 
 
 # --- Reading -----------------------------------------------------------------------------
@@ -184,17 +189,12 @@ EXIT_CODES: dict[str, set[int]] = {
 
 
 @cache
-def sessions() -> dict[str, bool]:
-    """The sessions of the noxfile, and whether `nox` alone runs them."""
-    found = {}
-    for function in ast.parse((ROOT / "noxfile.py").read_text("utf-8")).body:
-        for decorator in getattr(function, "decorator_list", ()):
-            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "nox.session":
-                keywords = {keyword.arg: keyword.value for keyword in decorator.keywords}
-                default = keywords.get("default")
-                name = cast("ast.FunctionDef", function).name
-                found[name] = default is None or bool(ast.literal_eval(default))
-    return found
+def sessions() -> dict[str, str]:
+    """The sessions of nox, and the tag that runs them: none for what `nox` alone runs."""
+    nox = [sys.executable, "-m", "nox", "--list"]
+    listed = subprocess.run(nox, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    line = r"^[*-] ([a-z-]+?)(?:-3\.\d+)?(?: \[(\w+)\])? ->"
+    return dict(re.findall(line, listed, re.MULTILINE))
 
 
 # --- The checks --------------------------------------------------------------------------
@@ -325,12 +325,12 @@ def _takes(name: str, arguments: list[str]) -> bool:
 
 def sessions_of_nox(pages: Pages) -> list[str]:
     """Every session of nox that is named exists, and the guide for contributors has them all."""
-    named = words(pages, r"\bnox -s '?([\w]+)", *PROSE)
+    named = words(pages, r"\bnox -s '?([a-z]+(?:-[a-z]+)*)", *PROSE)
     complaints = [f"nox has no session {name}" for name in sorted(named - sessions().keys())]
-    first, second = tables(pages[CONTRIBUTING], "session", "what it shows")
-    for rows, default in ((first, True), (second, False)):
+    parts = zip(tables(pages[CONTRIBUTING], "session", "what it shows"), TAGS, strict=True)
+    for rows, tag in parts:
         said = {name for row in rows for name in code(row[0])}
-        there = {name for name, runs in sessions().items() if runs is default}
+        there = {name for name, runs in sessions().items() if runs == tag}
         complaints += both_ways("sessions", said, there)
     return complaints
 
@@ -397,9 +397,9 @@ def workflows(pages: Pages) -> list[str]:
         if "/workflows/" not in path:
             continue
         complaints += [
-            f"{path}: {action} is not pinned by its major version"
-            for action in re.findall(r"uses: (\S+)", pages[path])
-            if not re.fullmatch(r"[\w/-]+@(?:v|release/v)\d+", action)
+            f"{path}: {action} is not pinned by the hash of a release"
+            for action in re.findall(r"uses: (.+)", pages[path])
+            if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
         ]
         jobs = yaml.safe_load(pages[path])["jobs"]
         for name, job in jobs.items():
@@ -412,6 +412,9 @@ def workflows(pages: Pages) -> list[str]:
     pythons = re.findall(r":: (3\.\d+)'", str(project["classifiers"]))
     if jobs["test"]["strategy"]["matrix"]["python"] != pythons:
         complaints.append(f"a release is not tested on {pythons}")
+    pythons = files.matrix()["pythons"]
+    if yaml.safe_load(pages[CI])["jobs"]["tests"]["strategy"]["matrix"]["python"] != pythons:
+        complaints.append(f"CI does not run on {pythons}")
     if jobs["publish"].get("if") != "github.ref_type == 'tag'":
         complaints.append("not only a tag is published")
     if set(jobs["publish"]["needs"]) != {"build", "test"}:
@@ -528,6 +531,7 @@ TAMPERED = [
     ),
     ("sessions_of_nox", CONTRIBUTING, "| `survey` |", "| `poll` |"),
     ("sessions_of_nox", "docs/releases.md", "nox -s latest", "nox -s newest"),
+    ("sessions_of_nox", "docs/releases.md", "nox -s compat-boundaries", "nox -s compat-borders"),
     ("paths", "docs/releases.md", "`tests/releases/look.py`", "`tests/releases/see.py`"),
     ("paths", "docs/how-it-works.md", "| `_verdict` |", "| `_judge` |"),
     ("public_names", "docs/reference/index.md", "x.uninstall\n", "x.remove\n"),
@@ -539,7 +543,8 @@ TAMPERED = [
         "tinker_routefix.Late",
     ),
     ("the_readmes_commands", CONTRIBUTING, "pip install nox uv", "pip install nox"),
-    ("workflows", RELEASE, "actions/checkout@v5", "actions/checkout@main"),
+    ("workflows", RELEASE, "checkout@08c6903cd8c0fde910a37f88322edcfb5dd907a8", "checkout@v5"),
+    ("workflows", CI, '"3.14"]', '"3.15"]'),
     ("workflows", RELEASE, '"3.11", ', ""),
     ("workflows", RELEASE, "contents: read", "contents: write"),
     ("workflows", RELEASE, "if: github.ref_type == 'tag'\n    runs-on", "runs-on"),

@@ -1,15 +1,16 @@
 """All the published releases of tinker have what the shim relies on, and the books agree.
 
 Nothing is downloaded or imported: `python -m tools.releases` has looked at every wheel, and
-these tests judge what it wrote down. And the tools that look, survey and compare can fail.
+these tests judge what it wrote down. And the tools that look and compare can fail.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
-import os
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +20,16 @@ import pytest
 from click.testing import CliRunner
 
 from tests import releases as files
+from tests import survey
 from tests.releases import look
-from tools import latest, readme, survey
+from tools import latest
 from tools import releases as index
 
+ROOT = Path(__file__).parent.parent
 RELEASES = files.releases()
 ATLAS = files.atlas()
+MATRIX = files.matrix()
+BOUNDARIES = MATRIX["boundaries"]
 NEWEST = list(RELEASES)[-1]
 
 
@@ -34,32 +39,46 @@ def test_releases_and_atlas_list_the_same_releases_in_order() -> None:
     assert len(RELEASES) >= 75
 
 
-def test_every_boundary_has_a_reason() -> None:
-    boundaries = [name for name, facts in RELEASES.items() if facts["boundary"]]
-    assert boundaries == [name for name, facts in RELEASES.items() if facts.get("reason")]
+def test_boundaries_are_known_releases_from_the_first_to_the_newest() -> None:
+    assert list(BOUNDARIES) == [name for name in RELEASES if name in BOUNDARIES]
+    assert all(BOUNDARIES.values())
     # A new release is a boundary until someone has looked at it and moved the mark.
-    assert boundaries[0] == next(iter(RELEASES))
-    assert boundaries[-1] == NEWEST
+    assert next(iter(BOUNDARIES)) == next(iter(RELEASES))
+    assert list(BOUNDARIES)[-1] == NEWEST
 
 
 def test_release_with_another_shape_is_a_boundary() -> None:
     for before, after in itertools.pairwise(ATLAS):
         if ATLAS[before] != ATLAS[after]:
-            assert RELEASES[after]["boundary"], after
+            assert after in BOUNDARIES, after
 
 
-def test_matrix_names_only_releases_that_exist() -> None:
-    assert set(readme.constant("TINKERS")) - {"newest"} <= set(RELEASES)
+def test_matrix_names_releases_and_pythons_that_exist() -> None:
+    tinkers = MATRIX["tinkers"]
+    assert set(tinkers) - {"newest"} <= set(RELEASES)
+    assert {*MATRIX["everywhere"], *MATRIX["processes"].values()} <= set(tinkers)
+    once = {MATRIX["main_python"], MATRIX["oldest_python"], *MATRIX["processes"]}
+    assert once <= set(MATRIX["pythons"])
 
 
-def test_every_test_file_is_run_by_a_session() -> None:
-    noxfile = (readme.ROOT / "noxfile.py").read_text("utf-8")
-    here = [f'"tests/{path.name}"' for path in Path(__file__).parent.glob("test_*.py")]
-    assert not [name for name in here if name not in noxfile]
+def test_every_file_of_tests_belongs_to_one_session() -> None:
+    named = [f"test_{name}.py" for names in MATRIX["files"].values() for name in names]
+    assert len(named) == len(set(named))
+    there = {path.name for path in Path(__file__).parent.glob("test_*.py")}
+    # Not yet there: it comes with the tests of real gateways.
+    assert there <= set(named)
+    assert set(named) - there <= {"test_wire.py"}
 
 
-def test_readme_agrees_with_the_release_data() -> None:
-    assert readme.README.read_text("utf-8") == readme.text(), "run `python -m tools.releases`"
+def test_readme_says_what_the_data_say() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "cogapp", "--check", "README.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, f"{ended.stdout}: run `nox -s update-releases`"
 
 
 @pytest.mark.parametrize("release", ATLAS)
@@ -103,9 +122,7 @@ POOL = "tinker.lib.internal_client_holder:ClientConnectionPool.__init__"
         (POOL, {"assigns": ("_clients",)}, "does not assign '_constructor_kwargs'"),
     ],
 )
-def test_incompatible_shape_is_reported_with_its_reason(
-    where: str, doctored: dict[str, object], said: str
-) -> None:
+def test_incompatible_shape_is_reported_with_its_reason(where: str, doctored: dict[str, object], said: str) -> None:
     shapes = ATLAS[NEWEST]
     doctored_shape = dataclasses.replace(shapes[where], **doctored)  # type: ignore[arg-type]
     (misfit,) = files.misfits(shapes | {where: doctored_shape})
@@ -172,52 +189,50 @@ def test_import_inside_try_is_not_needed_and_a_plain_one_is(tmp_path: Path, sour
 
 # --- The tools can fail ------------------------------------------------------------------
 
-TESTS = """
-import pytest, time
-def test_cold_race_is_survived(): pass
-@pytest.mark.parametrize("kind", ["a", "b"])
-def test_poll_404_is_survived(kind): assert kind == "a", "the poll was lost"
-def test_switched_off_shim_patches_and_imports_nothing(): pytest.skip("no switch here")
-def test_unnamed(): pass
+
+SURVEYED = """
+import os, pytest
+def pytest_report_header(): return f"with tinker {os.environ.get('SAID', '0.18.0')},"
 """
 
 
-def _pytest(tmp_path: Path, source: str, timeout: float) -> tuple[int | None, str]:
-    (tmp_path / "test_it.py").write_text(source, "utf-8")
-    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", os.devnull]
-    pytest += [f"--rootdir={tmp_path}", f"--junitxml={tmp_path / 'junit.xml'}", str(tmp_path)]
-    return survey.run(pytest, os.environ, timeout, tmp_path / "output")
+@pytest.mark.parametrize(
+    ("tests", "environment", "said"),
+    [
+        ("def test_it(): pass", {}, None),
+        ("def test_it(): assert 0, 'the poll was lost'", {}, "the poll was lost"),
+        ("import pytest\ndef test_it(): pytest.skip('no switch')", {}, "no switch"),
+        ("", {}, "no tests ran"),
+        ("def test_it(): pass", {"SAID": "0.19.0"}, "with tinker 0.19.0"),
+    ],
+    ids=["passes", "fails", "skipped", "nothing", "another-release"],
+)
+def test_survey_passes_only_if_this_releases_tests_ran_and_passed(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tests: str,
+    environment: dict[str, str],
+    said: str | None,
+) -> None:
+    (tmp_path / "conftest.py").write_text(SURVEYED)
+    (tmp_path / "test_it.py").write_text(tests)
+    monkeypatch.setattr(survey, "ROOT", tmp_path)
+    monkeypatch.setattr(index, "unpacked", lambda *_, **__: tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = functools.partial(survey.run_tests, "0.18.0", tmp_path, "-rs", "test_it.py")
+    if said is None:
+        run()
+    else:
+        with pytest.raises(AssertionError, match=said):
+            run()
 
 
-def test_survey_reports_failed_skipped_and_missing_tests(tmp_path: Path) -> None:
-    assert _pytest(tmp_path, TESTS, 60)[0] == 1
-    row = survey.Row("1.0")
-    columns = {
-        name: survey.TINKER[name]
-        for name in ("test_cold_race_is_survived", "test_poll_404_is_survived")
-    }
-    columns |= {
-        "test_switched_off_shim_patches_and_imports_nothing": "kill switch",
-        "test_gone": "gone",
-    }
-    row.read(tmp_path / "junit.xml", columns, survey.REST)
-    assert (row.verdict, row.tests) == ("failed", 5)
-    assert row.cells == {
-        "cold race": "ok",
-        "poll 404": "failed",
-        "kill switch": "skipped",
-        survey.REST: "ok",
-    }
-    assert "the poll was lost" in "".join(row.why)
-    assert "no switch here" in "".join(row.why)
-    assert "did not run: gone" in row.why
-
-
-def test_survey_ends_a_hanging_release_and_names_the_test(tmp_path: Path) -> None:
-    hangs = "import time\ndef test_hangs(): time.sleep(600)\n"
-    code, output = _pytest(tmp_path, hangs, 25)
-    assert code is None
-    assert output.strip().endswith("test_it.py::test_hangs"), "the last line names it"
+def test_release_that_does_not_fit_is_reported_as_new_with_what_is_missing() -> None:
+    lines, misfits = latest.report("99.0", ATLAS[NEWEST] | {ACLIENT: look.ABSENT})
+    assert "a NEW release" in lines[0]
+    assert f"  {ACLIENT}: absent" in lines
+    assert len(misfits) == 1
 
 
 def test_shapes_that_differ_from_the_atlas_are_reported() -> None:

@@ -555,7 +555,8 @@ import tinker_routefix, tinker
 import fireworks.training.sdk.trainer as trainer
 from tinker_routefix import _control_plane
 manager = trainer.TrainerJobManager("key", "https://api.example/")
-assert [s.state for s in tinker_routefix.status().seams].count("ours") == len(tinker_routefix._seams.TINKER) + 1
+states = [seam.state for seam in tinker_routefix.status().seams]
+assert states.count("ours") == len(tinker_routefix._seams.TINKER) + 1
 address = _control_plane._known["https://api.example"]()
 assert address.root.rstrip("/") == "https://api.example" and address.verify, address
 assert address.headers == {"x-api-key": "key", "x-team": "blue"}, address.headers

@@ -2,8 +2,7 @@
 
 A new release of tinker can move a seam. This reads the wheel of each release, without
 importing it, and writes `tests/releases/releases.toml` and `tests/releases/atlas.toml`, so
-that such a change is one line of a diff. The fields `boundary` and `reason` are written by
-hand and kept. What the README says of the supported releases follows.
+that such a change is one line of a diff.
 
     python -m tools.releases            # write
     python -m tools.releases --check    # whether what is written is still true
@@ -31,7 +30,6 @@ from packaging.version import Version
 
 from tests import releases as files
 from tests.releases import look
-from tools import readme
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,8 +43,7 @@ UNREACHABLE = 75
 """The exit code where the package index cannot be asked: nothing was found out."""
 
 RELEASES_HEADER = """\
-# Every release of tinker on the package index. Written by `python -m tools.releases`, but for
-# `boundary` (something that matters to the shim changed here) and `reason`: those by hand.
+# Every release of tinker on the package index. Written by `python -m tools.releases`.
 """
 ATLAS_HEADER = """\
 # The seam atlas: what each release of tinker has where the shim takes hold. Written by
@@ -104,11 +101,9 @@ def _wheel(cache: Path, release: str, *, offline: bool) -> Path:
 
 
 def releases_text(uploads: Mapping[str, str], trees: Mapping[str, Path]) -> str:
-    """`releases.toml`, with what is written by hand taken over from the present one."""
-    present = files.releases() if files.RELEASES.is_file() else {}
+    """`releases.toml`."""
     tables = []
     for release, uploaded in uploads.items():
-        by_hand = present.get(release, {})
         lines = [
             f"[{_toml(release)}]",
             f"uploaded = {uploaded}",
@@ -117,10 +112,7 @@ def releases_text(uploads: Mapping[str, str], trees: Mapping[str, Path]) -> str:
                 for package in look.NOT_ALWAYS
             ),
             f"wire = {_toml(look.wire(trees[release]))}",
-            f"boundary = {_toml(by_hand.get('boundary', False))}",
         ]
-        if "reason" in by_hand:
-            lines.append(f"reason = {_toml(by_hand['reason'])}")
         tables.append("\n".join(lines) + "\n")
     return "\n".join([RELEASES_HEADER, *tables])
 
@@ -170,7 +162,7 @@ def _news(release: str, tree: Path) -> str:
     return f"NEW: tinker {release}: " + ("; ".join(misfits) or "the shim fits its seams")
 
 
-@click.command(help="Write releases.toml, atlas.toml and the README's part anew.")
+@click.command(help="Write releases.toml and atlas.toml anew.")
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
@@ -181,7 +173,7 @@ def _news(release: str, tree: Path) -> str:
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if what is written is wrong.")
 @click.option("--offline", is_flag=True, help="Use only what the cache holds.")
 def main(cache: Path, check: bool, offline: bool) -> None:
-    """Regenerate all three, or compare."""
+    """Regenerate both, or compare."""
     try:
         uploads = published(cache, offline=offline)
     except httpx.HTTPError as error:
@@ -197,8 +189,6 @@ def main(cache: Path, check: bool, offline: bool) -> None:
         trees = {release: trees[release] for release in uploads}
     changed = _put(files.RELEASES, releases_text(uploads, trees), check=check)
     changed |= _put(files.ATLAS, atlas_text(trees), check=check)
-    # It tells what the others say by now.
-    changed |= _put(readme.README, readme.text(), check=check)
     click.echo(f"{len(trees)} releases, {next(iter(trees))} to {list(trees)[-1]}")
     for line in news:
         click.echo(line)

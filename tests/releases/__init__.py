@@ -1,7 +1,7 @@
-"""Every published release of tinker, and the seam atlas: what each has where the shim takes hold.
+"""Every published release of tinker, and what each has where the shim takes hold.
 
-`python -m tools.releases` writes both files. `releases.toml` has two fields written by hand,
-`boundary` and `reason`; `atlas.toml` has none.
+`python -m tools.releases` writes `releases.toml` and `atlas.toml`; `matrix.toml`, what the
+sessions of nox run, is written by hand.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 RELEASES = FOLDER / "releases.toml"
 ATLAS = FOLDER / "atlas.toml"
+MATRIX = FOLDER / "matrix.toml"
 
 Atlas: TypeAlias = dict[str, dict[str, "Shape"]]
 """By release, and there by place."""
@@ -26,6 +27,38 @@ Atlas: TypeAlias = dict[str, dict[str, "Shape"]]
 def releases() -> dict[str, dict[str, Any]]:
     """What is known of each release, oldest first."""
     return tomllib.loads(RELEASES.read_text("utf-8"))
+
+
+def matrix() -> dict[str, Any]:
+    """What the sessions of nox run on."""
+    return tomllib.loads(MATRIX.read_text("utf-8"))
+
+
+def table() -> str:
+    """What the README says of the supported releases: cog puts it there."""
+    known, run = releases(), matrix()
+    first, *_, last = known
+    torch = [release for release, facts in known.items() if facts["needs_torch"]]
+    full = [release for release in known if release in {*run["boundaries"], *run["tinkers"]}]
+    sdks = ", ".join(
+        f"{pin.partition('==')[2]} ({_below(row)})" for row, (pin, *_) in run["fireworks"].items()
+    )
+    rows = [
+        ("SDK", "releases", "what is run, on plain tinker and with the shim"),
+        ("---", "---", "---"),
+        ("tinker", f"all {len(known)}, {first} to {last}", "the core tests"),
+        ("", ", ".join(full), "all tests"),
+        ("fireworks-ai", sdks, "its own tests"),
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(
+        ["", *lines, "", f"tinker {torch[0]} to {torch[-1]} cannot be imported without torch.", ""]
+    )
+
+
+def _below(row: str) -> str:
+    kind, _, release = row.partition("-")
+    return f"with tinker {release}" if kind == "tinker" else "with its own copy of tinker"
 
 
 def atlas() -> Atlas:
