@@ -122,7 +122,9 @@ POOL = "tinker.lib.internal_client_holder:ClientConnectionPool.__init__"
         (POOL, {"assigns": ("_clients",)}, "does not assign '_constructor_kwargs'"),
     ],
 )
-def test_incompatible_shape_is_reported_with_its_reason(where: str, doctored: dict[str, object], said: str) -> None:
+def test_incompatible_shape_is_reported_with_its_reason(
+    where: str, doctored: dict[str, object], said: str
+) -> None:
     shapes = ATLAS[NEWEST]
     doctored_shape = dataclasses.replace(shapes[where], **doctored)  # type: ignore[arg-type]
     (misfit,) = files.misfits(shapes | {where: doctored_shape})
