@@ -9,10 +9,12 @@ import itertools
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -20,6 +22,7 @@ import httpx
 import pytest
 import zstandard
 
+from tests.common import unexplained_executions
 from tinker_routefix.lab import (
     GATEWAY_404,
     KINDS,
@@ -553,6 +556,63 @@ def test_request_with_a_lost_answer_is_executed(
     assert lab.exchanges[0].reached
 
 
+def test_fault_that_strikes_first_arms_the_one_that_follows(lab: Lab, client: Client) -> None:
+    stale = Fault(kinds=["telemetry"], count=1)
+    lost = Fault(kinds=["telemetry"], count=2, lost_answer=True, answer=Answer(502), then=stale)
+    lab.fault(lost)
+    sent = [client.post("telemetry").status_code for _ in range(4)]
+    assert sent == [502, 502, 404, 200]
+    assert [one.error and one.error.status for one in lab.exchanges] == [502, 502, 404, None]
+
+
+def test_fault_that_follows_with_an_unknown_kind_is_refused(lab: Lab) -> None:
+    with pytest.raises(ValueError, match="kind of requests"):
+        lab.fault(Fault(then=Fault(kinds=["optim_steps"])))
+
+
+@pytest.mark.parametrize(
+    ("path", "statuses", "found"),
+    [
+        ("optim_step", [None, 404], 0),
+        ("optim_step", [502, 200], 0),
+        ("optim_step", [404, 502, 200], 0),
+        ("optim_step", [429, 404, 200], 0),
+        ("optim_step", [400, 404, 200], 0),
+        ("optim_step", [503, 404, 200], 0),
+        ("optim_step", [None, 404, 200], 1),
+        ("optim_step", [502, 404, 404, 200], 2),
+        ("optim_step", [404, None, 404, 502], 1),
+        ("optim_step", [500, 429, 404, 200], 1),
+        ("optim_step", [200, 200], 2),
+        ("forward", [None, 404, 200], 0),
+        ("forward", [200, 200], 2),
+        ("asample", [None, 404, 200], 0),
+    ],
+)
+def test_executions_that_tinker_does_not_explain_are_found(
+    lab: Lab, client: Client, path: str, statuses: list[int | None], found: int
+) -> None:
+    """`200, 200`: sent again after an answer, and executed twice."""
+    model = client.model()
+    for status in statuses:
+        if status == 404:
+            lab.fault(Fault(count=1))
+        elif status == 503:
+            lab.fault(Fault(count=1, answer=Answer(503, {"queue_state": "route_not_ready"})))
+        elif status in (400, 429):
+            lab.fault(Fault(count=1, answer=Answer(status)))
+        elif status != 200:
+            answer = None if status is None else Answer(status)
+            lab.fault(Fault(count=1, lost_answer=True, answer=answer))
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            body: dict[str, Any] = {}
+            if path == "asample":
+                body = {"prompt": {"chunks": []}, "sampling_params": {}}
+            client.step(path, model, 1, **body)
+    assert [one.status for one in lab.exchanges[-len(statuses) :]] == statuses
+    assert len(unexplained_executions(lab)) == found, unexplained_executions(lab)
+
+
 def test_fault_predicate_sees_the_request(lab: Lab, client: Client) -> None:
     model = client.model()
     lab.fault(Fault(when=lambda exchange: exchange.seq_id == 2 and exchange.model_id == model))
@@ -816,6 +876,46 @@ def test_dropped_connections_make_clients_reconnect(lab: Lab, client: Client) ->
     assert lab.exchanges[0].connection != lab.exchanges[-1].connection
 
 
+def test_over_tls_a_client_that_trusts_the_authority_is_served(make_lab: MakeLab) -> None:
+    lab = make_lab(tls=True)
+    assert lab.base_url.startswith("https://127.0.0.1:")
+    assert os.environ["SSL_CERT_FILE"] == str(lab.ca_file)
+    assert httpx.get(f"{lab.base_url}/api/v1/healthz").status_code == 200
+
+
+def test_over_tls_a_client_that_does_not_trust_it_gets_no_connection(make_lab: MakeLab) -> None:
+    lab = make_lab(tls=True)
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.get(f"{lab.base_url}/api/v1/healthz", trust_env=False)
+    assert lab.count() == 0
+
+
+def test_over_tls_connections_stay_with_a_replica_and_are_dropped(make_lab: MakeLab) -> None:
+    lab = make_lab(tls=True, replicas=2)
+    with httpx.Client(base_url=lab.base_url, timeout=10) as client:
+        for _ in range(3):
+            client.get("/api/v1/get_server_capabilities")
+        lab.fault(Fault(kinds={"capabilities"}, count=1, drop=True))
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.get("/api/v1/get_server_capabilities")
+        client.get("/api/v1/get_server_capabilities")
+    assert [one.replica for one in lab.exchanges] == [0, 0, 0, 0, 1]
+
+
+def test_all_labs_of_a_process_have_one_authority_and_plain_ones_none(make_lab: MakeLab) -> None:
+    assert make_lab(tls=True).ca_file == Lab(tls=True).ca_file is not None
+    assert make_lab(tls=False).ca_file is None
+
+
+def test_the_authority_is_gone_with_its_process() -> None:
+    code = "from tinker_routefix.lab import Lab; print(Lab(tls=True).ca_file)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert said.stdout.strip().endswith("ca.pem")
+    assert not Path(said.stdout.strip()).parent.exists()
+
+
 def test_lab_on_a_taken_port_raises_os_error(lab: Lab) -> None:
     port = int(lab.origin.rpartition(":")[2])
     with pytest.raises(OSError, match="address already in use"):
@@ -851,3 +951,27 @@ def test_lab_command_applies_its_fault_options(option: str) -> None:
     assert "stale route" in output
     assert "refused by the gateway" in output
     assert (process.returncode, errors) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("stage", ["gatway", "control plane", None])
+def test_a_fault_at_an_unknown_stage_is_refused(stage: Any) -> None:
+    with pytest.raises(ValueError, match=r"'gateway', 'pod', 'control_plane'$") as caught:
+        Fault(at=stage)
+    assert str(caught.value).startswith(f"Fault(at={stage!r}) is not accepted")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends an interrupt")
+def test_the_command_over_tls_says_how_to_trust_it() -> None:
+    command = [sys.executable, "-u", "-m", "tinker_routefix.lab", "--tls"]
+    environment = {**os.environ, "COLUMNS": "40"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        base, direct, trust = (process.stdout.readline().split() for _ in range(3))
+        ca_file = trust[-1].removeprefix("SSL_CERT_FILE=")
+        answer = httpx.get(
+            f"{base[-1]}/api/v1/healthz", verify=ssl.create_default_context(cafile=ca_file)
+        )
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert answer.status_code == 200
+    assert direct[-1].startswith("https://")

@@ -1,8 +1,9 @@
 """A gateway that loses routes, on loopback: what the demo, the tests and the benchmarks run on.
 
 It is a real HTTP server with a control plane, gateway replicas and trainers, whose faults are
-scripted and whose ledger says what the trainers carried out. Neither the shim nor tinker is
-imported here, and the shim does not import this package; it needs the ``lab`` extra.
+scripted and whose ledger says what the trainers carried out. It uses neither tinker nor the shim,
+and the shim does not use it; but importing any part of ``tinker_routefix`` switches the shim on,
+unless ``TINKER_ROUTEFIX=0`` is set. It needs the ``lab`` extra.
 """
 
 from tinker_routefix.lab._faults import GATEWAY_404, Answer, Exchange, Fault

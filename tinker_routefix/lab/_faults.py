@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -146,6 +146,16 @@ class Fault:
     _armed: float = field(default=math.inf, init=False, repr=False)
     _seen: int = field(default=0, init=False, repr=False)
     _random: random.Random = field(default_factory=random.Random, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a stage that does not exist: such a fault would never strike.
+
+        Raises:
+            ValueError: ``at`` is no stage.
+        """
+        if self.at not in get_args(Stage):
+            stages = ", ".join(map(repr, get_args(Stage)))
+            raise ValueError(f"Fault(at={self.at!r}) is not accepted: expected one of {stages}")
 
     @property
     def only_delays(self) -> bool:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from aiohttp import web
 
+from tinker_routefix.lab import _tls
 from tinker_routefix.lab._faults import Exchange, Fault
 from tinker_routefix.lab._gateway import ControlPlane, Gateway, Mode, Pinning
 from tinker_routefix.lab._trainer import KINDS, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
     from types import TracebackType
 
     from tinker_routefix.lab._ledger import Ledger
@@ -47,6 +49,8 @@ class Lab:
         pinning: How connections are spread over the replicas.
         poll_seconds: How long a poll waits for a result before it is told to try again.
         observer: Called with every finished exchange, in the thread of the server.
+        tls: Serve https. Clients trust it that read :attr:`ca_file`: set ``SSL_CERT_FILE`` to it
+            before the first of them is made.
 
     """
 
@@ -64,6 +68,7 @@ class Lab:
         pinning: Pinning = "round-robin",
         poll_seconds: float = 2.0,
         observer: Callable[[Exchange], None] | None = None,
+        tls: bool = False,
     ) -> None:
         if replicas < 1:
             raise ValueError("a gateway has at least one replica")
@@ -72,6 +77,7 @@ class Lab:
         self.account = account
         self.job = job
         self._port = port
+        self._tls = tls
         self._settings = Settings(
             work_seconds, poll_seconds, dict(config or {}), frozenset(without)
         )
@@ -146,7 +152,8 @@ class Lab:
         )
         await runner.setup()
         try:
-            site = web.TCPSite(runner, _HOST, self._port, backlog=_BACKLOG)
+            tls = _tls.server_context() if self._tls else None
+            site = web.TCPSite(runner, _HOST, self._port, backlog=_BACKLOG, ssl_context=tls)
             await site.start()
             listening.set_result(runner.addresses[0][1])
             await self._stop.wait()
@@ -161,7 +168,12 @@ class Lab:
     @property
     def origin(self) -> str:
         """Scheme, host and port."""
-        return f"http://{_HOST}:{self._port}"
+        return f"{'https' if self._tls else 'http'}://{_HOST}:{self._port}"
+
+    @property
+    def ca_file(self) -> Path | None:
+        """The certificate authority of a lab with ``tls``, the same for all of a process."""
+        return _tls.ca_file() if self._tls else None
 
     @property
     def base_url(self) -> str:

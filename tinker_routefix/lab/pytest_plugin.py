@@ -14,12 +14,18 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def make_lab() -> Iterator[Callable[..., Lab]]:
-    """Start labs with the arguments of :class:`Lab`; all are stopped after the test."""
+def make_lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Lab]]:
+    """Start labs with the arguments of :class:`Lab`; all are stopped after the test.
+
+    Until then ``SSL_CERT_FILE`` names the certificate authority of those with ``tls``.
+    """
     with ExitStack() as labs:
 
         def make(*args: Any, **kwargs: Any) -> Lab:
-            return labs.enter_context(Lab(*args, **kwargs))
+            lab = labs.enter_context(Lab(*args, **kwargs))
+            if lab.ca_file is not None:
+                monkeypatch.setenv("SSL_CERT_FILE", str(lab.ca_file))
+            return lab
 
         yield make
 
