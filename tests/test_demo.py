@@ -18,7 +18,7 @@ from tinker_routefix.demo import race, report
 DEMO = [sys.executable, "-m", "tinker_routefix", "demo"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_demo_outcomes_match_its_tables() -> None:
     # One test: with several workers, each would run a demo of its own for its share of them.
     demo = subprocess.run([*DEMO, "--json"], capture_output=True, text=True, timeout=180)

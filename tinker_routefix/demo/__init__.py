@@ -9,7 +9,7 @@ from __future__ import annotations
 from tinker_routefix.demo import race, report
 
 
-def run(*, steps: int, seed: int, as_json: bool) -> int:
+def run(*, steps: int, seed: int, as_json: bool, tls: bool = False) -> int:
     """Run all acts and print what came of them.
 
     Returns:
@@ -18,7 +18,7 @@ def run(*, steps: int, seed: int, as_json: bool) -> int:
     out: report.Report = report.Json() if as_json else report.Screen()
     played: list[tuple[race.Act, list[race.Result]]] = []
     for act in race.ACTS:
-        with race.start(act, steps=steps, seed=seed) as runs:
+        with race.start(act, steps=steps, seed=seed, tls=tls) as runs:
             out.follow(act, runs)
             results = [run.result() for run in runs]
         out.act(act, results)

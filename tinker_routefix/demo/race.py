@@ -206,13 +206,13 @@ class Event:
 class Run:
     """One contender in one act."""
 
-    def __init__(self, contender: Contender, act: Act, *, steps: int, seed: int) -> None:
+    def __init__(self, contender: Contender, act: Act, *, steps: int, seed: int, tls: bool) -> None:
         self.contender = contender
         self.steps = steps
         self.seed = seed
         self.events: list[Event] = []
         self._began = time.monotonic()
-        self._lab = Lab(work_seconds=WORK_SECONDS, poll_seconds=POLL_SECONDS, seed=seed)
+        self._lab = Lab(work_seconds=WORK_SECONDS, poll_seconds=POLL_SECONDS, seed=seed, tls=tls)
         self._faults = act.faults(self._lab)
         self._hung = False
 
@@ -264,6 +264,8 @@ class Run:
             # Its requests would be met by the same 404s, and be counted.
             "TINKER_TELEMETRY": "0",
         }
+        if self._lab.ca_file is not None:
+            environment["SSL_CERT_FILE"] = str(self._lab.ca_file)
         if not self.contender.shim:
             # Importing the strategies must not install the shim.
             environment["TINKER_ROUTEFIX"] = "0"
@@ -349,10 +351,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def start(act: Act, *, steps: int, seed: int) -> Iterator[list[Run]]:
+def start(act: Act, *, steps: int, seed: int, tls: bool = False) -> Iterator[list[Run]]:
     """All contenders of an act, running; on the way out all of them are ended."""
     with contextlib.ExitStack() as stack:
-        runs = [Run(contender, act, steps=steps, seed=seed) for contender in CONTENDERS]
+        runs = [Run(contender, act, steps=steps, seed=seed, tls=tls) for contender in CONTENDERS]
         for run in runs:
             stack.enter_context(run.started())
         yield runs
