@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import os
@@ -9,25 +10,31 @@ import pkgutil
 import pty
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
+import jsonschema
 import pytest
+import trustme
 
 import tinker_routefix
 from tests.common import CANARIES, CANARY, leaks
 from tests.test_autoload import startup_file
 from tinker_routefix import _cli, _settings, _verdict
 from tinker_routefix._cli import check as checking
+from tinker_routefix._cli import diagnosis
+from tinker_routefix._cli import run as run_command
 from tinker_routefix._cli.check import Seen, read_probe
 from tinker_routefix._cli.output import Plain, Rich, Row, screen
-from tinker_routefix._verdict import Cure
 from tinker_routefix.lab import Answer, Fault
 
 if TYPE_CHECKING:
@@ -73,10 +80,10 @@ def in_a_program(program: str, *arguments: str, **environment: str) -> Any:
     return finish(start([sys.executable, "-c", code, *arguments], environment))
 
 
-def on_a_terminal(command: list[str], **environment: str) -> tuple[int, str]:
+def on_a_terminal(command: list[str], *, columns: int = 100, **environment: str) -> tuple[int, str]:
     """Run a command whose output goes to a terminal; its exit code and all that it shows."""
     ours, theirs = pty.openpty()
-    variables = {"TERM": "xterm", "COLUMNS": "100", **environment}
+    variables = {"TERM": "xterm", "COLUMNS": str(columns), **environment}
     process = start(command, variables, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
@@ -100,11 +107,24 @@ def test_help_of_every_command_prints_its_usage(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/tinker-routefix"])
-    with pytest.raises(SystemExit) as ended:
-        _cli.main([*command.split(), "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
+    try:
+        code: Any = _cli.main([*command.split(), "--help"])
+    except SystemExit as ended:
+        code = ended.code
     said = capsys.readouterr()
-    assert (ended.value.code, said.err) == (0, "")
-    assert said.out.lower().startswith(f"usage: tinker-routefix {command}".rstrip())
+    assert (code, said.err) == (0, "")
+    assert said.out.startswith(f"usage: tinker-routefix {command}".rstrip())
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert "options:\n  -h, --help" in said.out
+
+
+def test_the_version_is_said() -> None:
+    ended = call("--version")
+    assert (ended.returncode, ended.stdout) == (
+        0,
+        f"tinker-routefix {metadata.version('tinker-routefix')}\n",
+    )
 
 
 JOB = "/training/v1/rlorTrainerJobs/lab/job-1"
@@ -130,15 +150,21 @@ JOB = "/training/v1/rlorTrainerJobs/lab/job-1"
         (["check", f"https://gateway.example{JOB}", "--key-env", ""], "the name of a variable"),
         (["check", "https://[::1"], "no trainer job's URL"),
         (["run"], "which program"),
-        (["run", "-m"], "which program"),
-        (["run", "-x", "program.py"], "-x"),
-        (["demo", "--steps", "3"], "--steps"),
-        (["demo", "--steps", "many"], "--steps"),
+        (["run", "-m"], "-m needs a value"),
+        (["run", "-x", "program.py"], "-x is no option of run"),
+        (["run", "-uS", "program.py"], "-uS is no option of run"),
+        (["run", "--isolated", "program.py"], "--isolated is no option of run"),
+        (["run", "-c"], "-c needs a value"),
+        (["run", "-u", "-X"], "-X needs a value"),
+        (["run", "--check-hash-based-pycs"], "needs a value"),
+        (["run", "--"], "which program"),
+        (["demo", "--steps", "3"], "--steps: 3 is not between 4 and 100"),
+        (["demo", "--steps", "many"], "--steps: invalid whole number value: 'many'"),
         (["demo", "--seed", "x"], "--seed"),
         (["lab", "now"], "now"),
         (["lab", "--prot", "1"], "--prot"),
-        (["lab", "--port", "65536"], "--port"),
-        (["lab", "--replicas", "0"], "--replicas"),
+        (["lab", "--port", "65536"], "--port: 65536 is not between 0 and 65535"),
+        (["lab", "--replicas", "0"], "--replicas: 0 is not 1 or more"),
         (["lab", "--stale", "-1"], "--stale"),
         (["lab", "--flap", "2"], "--flap"),
         (["lab", "--work", "long"], "--work"),
@@ -164,16 +190,22 @@ def test_wrong_arguments_exit_2_with_one_line(
     assert not {"secret", CANARY} & set(re.split(r"[^\w-]", said.err))
 
 
-def test_lab_without_its_extra_names_it() -> None:
-    ended = in_a_program("sys.modules['click'] = None", "lab")
+def test_the_lab_needs_its_extra() -> None:
+    ended = in_a_program("sys.modules['rich'] = None", "lab")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "The lab needs click: pip install 'tinker-routefix[lab]'\n"
+    assert ended.stderr == "The lab needs rich: pip install 'tinker-routefix[lab]'\n"
+
+
+def test_the_demo_needs_its_extras() -> None:
+    ended = in_a_program("sys.modules['aiohttp'] = None", "demo")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "The demo needs aiohttp: pip install 'tinker-routefix[lab,tinker]'\n"
 
 
 def test_demo_gets_the_options_given(mocker: MockerFixture) -> None:
     run = mocker.patch("tinker_routefix.demo.run", return_value=1)
-    assert _cli.main(["demo", "--steps", "4", "--seed", "7", "--json"]) == 1
-    run.assert_called_once_with(steps=4, seed=7, as_json=True)
+    assert _cli.main(["demo", "--steps", "4", "--seed", "7", "--json", "--tls"]) == 1
+    run.assert_called_once_with(steps=4, seed=7, as_json=True, tls=True)
 
 
 @pytest.mark.parametrize("module", ["google.protobuf", "google"])
@@ -276,7 +308,7 @@ def test_interrupt_before_the_first_probe_reports_unclear(lab: Lab) -> None:
         process.send_signal(signal.SIGINT)
         ended = finish(process)
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
-    assert ended.stdout.splitlines()[-1] == "unclear: nothing was probed"
+    assert ended.stdout.splitlines()[-2] == "unclear: nothing was probed"
 
 
 @pytest.mark.parametrize(
@@ -299,7 +331,7 @@ def test_lab_on_a_taken_port_prints_one_line(lab: Lab) -> None:
     ended = call("lab", "--port", lab.origin.rpartition(":")[2])
     assert (ended.returncode, ended.stdout) == (1, "")
     (said,) = ended.stderr.splitlines()
-    assert said.startswith("Error: cannot listen on port ")
+    assert said.startswith("tinker-routefix lab: cannot listen on port ")
     assert "in use" in said
 
 
@@ -321,7 +353,7 @@ def test_status_of_a_healthy_installation_reports_active() -> None:
     said = json.loads(ended.stdout)
     assert said.keys() == {
         *("version", "active", "reason", "seams", "jobs", "sdks", "settings", "autoload"),
-        *("last_intervention", "python", "at"),
+        *("last_intervention", "process", "python", "at"),
     }
     assert said["active"] is True
     assert said["last_intervention"] is None
@@ -341,16 +373,73 @@ def test_status_of_a_healthy_installation_reports_active() -> None:
     assert said["autoload"].keys() == {"requested", "file", "in_force"}
 
 
-def test_status_as_text_shows_every_section(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _cli.main(["status"]) == 0
-    out, errors = capsys.readouterr()
-    assert (out.isascii(), errors) == (True, "")
-    lines = out.splitlines()
-    assert lines[0].startswith("tinker_routefix ")
-    assert " is active: all seams of tinker are wrapped" in lines[0]
-    assert f"tinker {metadata.version('tinker')}" in out
-    assert set(lines) >= {"SDKs", "Seams", "Settings", "Activation"}
-    assert all(setting.variable in out for setting in tinker_routefix.status().settings)
+def test_status_in_words() -> None:
+    ended = call("status", TINKER_ROUTEFIX_AUTOLOAD="")
+    assert (ended.returncode, ended.stderr, ended.stdout.isascii()) == (0, "", True)
+    lines = ended.stdout.splitlines()
+    release = f"tinker {metadata.version('tinker')}"
+    assert lines[0] == (
+        f"tinker_routefix {tinker_routefix.__version__} can patch {release} in this environment"
+    )
+    assert {"SDKs in this environment", "Settings", "How a program gets the shim"} <= set(lines)
+    assert re.search(rf"  tinker +{re.escape(release)} +can be patched\n", ended.stdout)
+    assert all(setting.variable in ended.stdout for setting in tinker_routefix.status().settings)
+
+
+@pytest.mark.parametrize("environment", [{}, {"TINKER_ROUTEFIX": "0"}])
+def test_status_does_not_speak_for_a_training_run(environment: dict[str, str]) -> None:
+    ended = call("status", **environment)
+    assert "says nothing about a training run that is under way" in ended.stdout.splitlines()[1]
+    # "active" and "patched" are for what was looked at: this command, by its name.
+    assert not re.search(r"\bactive\b", ended.stdout)
+    assert json.loads(call("status", "--json", **environment).stdout)["process"] == (
+        "tinker-routefix status"
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"TINKER_ROUTEFIX_AUTOLOAD": ""}, "not set; with 1, programs started from here load it"),
+        ({"TINKER_ROUTEFIX_AUTOLOAD": "1"}, "set: programs started from here load it"),
+        ({"TINKER_ROUTEFIX_AUTOLOAD": "0"}, "off"),
+        ({"TINKER_ROUTEFIX_AUTOLOAD": "perhaps"}, "refused"),
+    ],
+)
+def test_status_says_what_the_variable_does(environment: dict[str, str], said: str) -> None:
+    hidden = "from tinker_routefix import _status; _status._startup_file = lambda: 'a.pth'"
+    ended = in_a_program(hidden, "status", **environment)
+    assert re.search(rf"TINKER_ROUTEFIX_AUTOLOAD +{re.escape(said)}\n", ended.stdout)
+    hidden = "from tinker_routefix import _status; _status._startup_file = lambda: None"
+    ended = in_a_program(hidden, "status", **environment)
+    assert "does nothing: its startup file is not in place" in ended.stdout
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_terminal_cuts_no_name(rich: bool, columns: int) -> None:
+    hidden = "" if rich else "sys.modules['rich'] = None; "
+    program = f"import sys; {hidden}from tinker_routefix._cli import main; sys.exit(main())"
+    code, shown = on_a_terminal(
+        [sys.executable, "-c", program, "status"], columns=columns, TINKER_ROUTEFIX_AUTOLOAD=""
+    )
+    assert code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    for name in (
+        *(setting.variable for setting in tinker_routefix.status().settings),
+        *(seam.name for seam in tinker_routefix.status().seams if "fireworks" not in seam.name),
+        "fireworks-ai's copy of tinker",
+        "a training run that is" if columns == 80 else "training run",
+    ):
+        assert name in text
+    too_long = [line for line in text.splitlines() if len(line) > columns]
+    # Only what has to be copied in one piece.
+    assert all(len(line.split()) == 1 for line in too_long), too_long
+
+
+def test_colours_are_for_ci_too() -> None:
+    assert "\x1b[32mtinker_routefix" in call("status", FORCE_COLOR="1").stdout
+    assert "\x1b[" not in call("status", FORCE_COLOR="").stdout
 
 
 def test_status_after_configure_names_it_as_the_source() -> None:
@@ -416,7 +505,7 @@ def test_status_without_any_sdk_exits_4() -> None:
     hidden = "sys.modules['tinker'] = sys.modules['fireworks'] = None"
     ended = in_a_program(hidden, "status")
     assert ended.returncode == 4
-    assert "there is no SDK here that it patches" in ended.stdout.splitlines()[0]
+    assert ended.stdout.splitlines()[0].endswith("patches NOTHING here: no supported SDK found")
 
 
 def test_status_tells_how_the_shim_was_loaded() -> None:
@@ -425,12 +514,14 @@ def test_status_tells_how_the_shim_was_loaded() -> None:
     loads = f"sys.path.append({folder!r}); import _tinker_routefix_autoload as it; it.load()"
     ended = in_a_program(loads, "status", TINKER_ROUTEFIX_AUTOLOAD="1")
     assert ended.returncode == 0
-    assert re.search(r"in this process +loaded at start, by the startup file\n", ended.stdout)
+    assert re.search(r"in this command +by the startup file\n", ended.stdout)
     ended = call("status", TINKER_ROUTEFIX_AUTOLOAD="0")
-    assert re.search(r"in this process +imported, by this command\n", ended.stdout)
+    assert re.search(r"in this command +imported\n", ended.stdout)
 
 
 # --- check --------------------------------------------------------------------------------
+
+SCHEMA = json.loads((ROOT / "docs" / "check.schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -448,6 +539,8 @@ def check(
         assert errors == ""
         assert not leaks(out)
         lines = out.splitlines() if "--watch" in arguments else [out]
+        for line in lines:
+            jsonschema.validate(json.loads(line), SCHEMA)
         report: dict[str, Any] = json.loads(lines[-1])
         assert code == report["exit_code"]
         kinds = ("answered", "refused", "not_ready", "denied", "failed", "other")
@@ -461,6 +554,17 @@ def check(
 
 def probes(lab: Lab) -> list[Exchange]:
     return [one for one in lab.exchanges if one.kind == "capabilities"]
+
+
+def test_check_over_tls_trusts_the_authority_that_the_environment_names(
+    make_lab: Callable[..., Lab],
+) -> None:
+    lab = make_lab(tls=True)
+    environment = {"FIREWORKS_API_KEY": CANARY, "SSL_CERT_FILE": str(lab.ca_file)}
+    ended = call("check", lab.base_url, "--json", "--rate", "20", **environment)
+    report = json.loads(ended.stdout)
+    assert (ended.returncode, report["answered"], report["probes"]) == (0, 20, 20)
+    assert report["control_plane"] == "JOB_STATE_RUNNING"
 
 
 def test_check_of_a_healthy_route_reports_healthy(
@@ -523,30 +627,74 @@ def test_check_of_a_stopped_gateway_reports_unreachable(check: Check, lab: Lab) 
     lab.stop()
     report = check(lab)
     assert (report["verdict"], report["exit_code"], report["failed"]) == ("unreachable", 6, 3)
-    assert "no connection" in report["said"]
+    assert "refuses connections" in report["said"]
+    assert (report["slowest"], report["fault"]) == (None, "network")
 
 
+@pytest.mark.parametrize("stale", [True, False])
 @pytest.mark.parametrize(
-    ("arrange", "reason"),
+    ("arrange", "reason", "advice"),
     [
-        (lambda lab: setattr(lab.control_plane, "state", "JOB_STATE_CREATING"), "not started"),
-        (lambda lab: setattr(lab.control_plane, "mode", "hang"), "cannot tell"),
-        (lambda lab: setattr(lab.control_plane, "mode", "rubbish"), "cannot tell"),
+        (
+            lambda lab: setattr(lab.control_plane, "state", "JOB_STATE_CREATING"),
+            "the job has not started: JOB_STATE_CREATING",
+            "Wait until it is RUNNING",
+        ),
+        (
+            lambda lab: setattr(lab.control_plane, "mode", "hang"),
+            "could not be learnt from the control plane: no answer within 0.3 s",
+            "Check again in a minute",
+        ),
+        (
+            lambda lab: setattr(lab.control_plane, "mode", "error"),
+            "could not be learnt from the control plane: HTTP 500",
+            "Check again in a minute",
+        ),
+        (
+            lambda lab: setattr(lab.control_plane, "mode", "rubbish"),
+            "could not be learnt from the control plane: an answer without a job state",
+            "Set TINKER_ROUTEFIX_CONTROL_PLANE_URL: there seems to be no control plane at http",
+        ),
     ],
 )
-def test_check_of_a_job_not_known_to_run_reports_unclear(
+def test_a_route_is_not_called_healthy_where_the_job_may_not_run(
     check: Check,
     lab: Lab,
     settings: Callable[..., None],
     arrange: Callable[[Lab], None],
     reason: str,
+    advice: str,
+    stale: bool,
 ) -> None:
     arrange(lab)
-    lab.stale()
+    if stale:
+        lab.stale()
     settings(control_plane_timeout=0.3)
-    report = check(lab, "--seconds", "1")
+    report = check(lab, "--seconds", "1.5")
     assert (report["verdict"], report["exit_code"]) == ("unclear", 7)
     assert reason in report["said"]
+    assert report["advice"].startswith(advice)
+    assert ("although its route answers" in report["said"]) is (
+        not stale and "has not started" in reason
+    )
+    assert report["cure"] is None
+
+
+def test_check_of_a_job_that_is_over_while_its_route_answers(check: Check, lab: Lab) -> None:
+    lab.control_plane.state = "JOB_STATE_FAILED"
+    report = check(lab)
+    assert (report["verdict"], report["exit_code"]) == ("gone", 4)
+    assert report["said"].endswith("JOB_STATE_FAILED, although the route still answers")
+
+
+@pytest.mark.parametrize("mode", ["unauthorized", "forbidden"])
+def test_check_with_a_key_that_only_the_gateway_accepts(check: Check, lab: Lab, mode: str) -> None:
+    lab.control_plane.mode = mode  # type: ignore[assignment]
+    report = check(lab)
+    assert (report["verdict"], report["exit_code"]) == ("wrong key", 5)
+    assert "although the gateway does" in report["said"]
+    assert "FIREWORKS_API_KEY" in report["advice"]
+    assert "TINKER_ROUTEFIX_CONTROL_PLANE_URL" in report["advice"]
 
 
 def test_check_does_not_follow_a_redirect(
@@ -558,6 +706,186 @@ def test_check_does_not_follow_a_redirect(
     report = check(lab, "--seconds", "1")
     assert (report["verdict"], report["other"]) == ("unclear", report["probes"])
     assert elsewhere.exchanges == []
+    assert report["said"].startswith(f"the answer was HTTP 302, {report['probes']} times in ")
+    assert "redirect" in report["advice"]
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        (503, "tinker repeats such a request by itself"),
+        (429, "a lower --rate"),
+        (407, "wants a login"),
+        (400, "the URL is that of a trainer job"),
+    ],
+)
+def test_an_answer_that_is_not_the_pods_is_called_an_answer(
+    check: Check, lab: Lab, status: int, advice: str
+) -> None:
+    lab.fault(Fault(kinds=PROBE, answer=Answer(status, "no")))
+    report = check(lab, "--seconds", "0.5")
+    assert (report["verdict"], report["exit_code"]) == ("unclear", 7)
+    assert report["said"].startswith(f"the answer was HTTP {status}, {report['probes']} times in ")
+    assert advice in report["advice"]
+    assert report["slowest"] > 0
+
+
+def test_a_route_that_answers_now_and_then_is_unclear(check: Check, lab: Lab) -> None:
+    failing = Fault(kinds=PROBE, answer=Answer(502, "no"), chance=0.5)
+    lab.fault(failing)
+    report = check(lab, "--seconds", "1.2")
+    assert (report["verdict"], report["exit_code"]) == ("unclear", 7)
+    assert report["said"].endswith("the last ones: mixed: HTTP 502, answers")
+    assert f"{report['answered']} of {report['probes']} probes were answered" in report["said"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said", "advice"),
+    [
+        (
+            {"HTTP_PROXY": "http://user:secret@127.0.0.1:9"},
+            "the proxy 127.0.0.1:9 (HTTP_PROXY) cannot be reached",
+            "Correct the proxy in HTTP_PROXY",
+        ),
+        ({"all_proxy": "http://127.0.0.1:9"}, "the proxy 127.0.0.1:9 (all_proxy)", "NO_PROXY"),
+    ],
+)
+def test_check_names_the_proxy_at_fault(
+    lab: Lab, environment: dict[str, str], said: str, advice: str
+) -> None:
+    ended = call("check", lab.base_url, "--rate", "20", **environment)
+    assert (ended.returncode, ended.stderr) == (6, "")
+    *_, verdict, advised = ended.stdout.splitlines()
+    assert verdict.startswith(f"unreachable: {said}")
+    assert advice in advised
+    assert "secret" not in ended.stdout
+
+
+def test_check_names_a_proxy_that_works(lab: Lab) -> None:
+    # A server answers for any host that it is asked about: as good as a proxy here.
+    proxy = lab.origin.removeprefix("http://")
+    url = lab.base_url.replace(proxy, "127.0.0.2:1")
+    ended = call("check", url, "--rate", "20", HTTP_PROXY=f"http://user:secret@{proxy}")
+    assert ended.returncode == 7  # the control plane is asked directly
+    assert re.search(rf"proxy +{re.escape(proxy)} \(HTTP_PROXY\)", ended.stdout)
+    assert ended.stdout.splitlines()[-1].endswith("It is asked directly, not through the proxy.")
+    assert "secret" not in ended.stdout
+    ended = call("check", lab.base_url, "--rate", "20", HTTP_PROXY="http://x:1", NO_PROXY="*")
+    assert ended.returncode == 0
+    assert "proxy" not in ended.stdout
+
+
+def test_check_names_the_scheme_at_fault(lab: Lab) -> None:
+    url = lab.base_url.replace("http://", "https://")
+    ended = call("check", url, "--rate", "20")
+    assert ended.returncode == 6
+    *_, verdict, advised = ended.stdout.splitlines()
+    address = lab.origin.removeprefix("http://")
+    assert verdict == f"unreachable: {address} does not speak TLS, which https needs"
+    assert "expects http, not https" in advised
+    assert "slowest" not in ended.stdout
+
+
+def test_check_names_the_certificate_at_fault(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "another.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    ended = {}
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler
+    ) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"127.0.0.1:{server.server_port}"
+        for name in ("", "another.pem", "ca.pem"):
+            file = str(tmp_path / name) if name else ""
+            variables = {"SSL_CERT_FILE": file, "SSL_CERT_DIR": ""}
+            ended[name] = call(
+                "check", f"https://{address}{JOB}", "--rate", "20", "--seconds", "0.5", **variables
+            )
+        unasked = call(
+            *("check", f"https://{address}{JOB}", "--rate", "20", "--seconds", "0.5"),
+            SSL_CERT_FILE=str(tmp_path / "ca.pem"),
+            TINKER_ROUTEFIX_CONTROL_PLANE_URL="http://127.0.0.1:9",
+            TINKER_ROUTEFIX_STRICT="0",
+        )
+        server.shutdown()
+        thread.join()
+    assert unasked.returncode == 7
+    *_, verdict, advised = unasked.stdout.splitlines()
+    assert verdict.endswith("not asked, because its URL is not https")
+    assert "TINKER_ROUTEFIX_CONTROL_PLANE_URL to the https URL" in advised
+    assert [one.returncode for one in ended.values()] == [6, 6, 7]
+    for name, by in (("", ""), ("another.pem", " with SSL_CERT_FILE")):
+        *_, verdict, advised = ended[name].stdout.splitlines()
+        said = f"unreachable: the certificate of {address} is not accepted{by}: unable to get"
+        assert verdict.startswith(said)
+        assert "name its file in SSL_CERT_FILE" in advised
+    assert "certificate" not in ended["ca.pem"].stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "said"),
+    [
+        (httpx.ConnectTimeout(""), "network", "no connection to a.example:81 in time"),
+        (httpx.ConnectError(""), "network", "no connection to a.example:81"),
+        (httpx.ReadError(""), "network", "the connection was closed without an answer"),
+        (httpx.PoolTimeout(CANARY), "network", "no answer (PoolTimeout)"),
+    ],
+)
+def test_an_error_without_a_text_is_explained(
+    error: httpx.HTTPError, fault: str, said: str
+) -> None:
+    error.__cause__ = error.__context__ = OSError(CANARY)
+    found = diagnosis.explain(error, f"https://user:secret@a.example:81{JOB}", None)
+    assert (found[0].value, found[1]) == (fault, said)
+    proxy = diagnosis.Proxy("ALL_PROXY", "proxy.example:3128")
+    fault_there, said_there = diagnosis.explain(error, f"https://a.example:81{JOB}", proxy)
+    assert str(proxy) in said_there
+    assert (fault_there.value == "proxy") is isinstance(error, httpx.ConnectError)
+
+
+def test_an_error_of_several_addresses_is_explained() -> None:
+    error = httpx.ConnectError("All connection attempts failed")
+    error.__cause__ = ExceptionGroup("", [OSError(CANARY), ConnectionRefusedError(CANARY)])
+    fault, said = diagnosis.explain(error, f"https://a.example{JOB}", None)
+    assert (fault.value, said) == ("network", "a.example refuses connections")
+
+
+def test_a_proxy_that_refuses_is_named_with_its_answer() -> None:
+    proxy = diagnosis.Proxy("HTTPS_PROXY", "proxy.example")
+    error = httpx.ProxyError(f"407 {CANARY}")
+    fault, said = diagnosis.explain(error, f"https://a.example{JOB}", proxy)
+    assert (fault.value, said) == (
+        "proxy",
+        "the proxy proxy.example (HTTPS_PROXY) answered HTTP 407",
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "host"),
+    [
+        ("proxy.example:3128", "proxy.example:3128"),
+        ("http://user:secret@proxy.example", "proxy.example"),
+        ("http://proxy.example:port", "proxy.example"),
+        ("http://", "a proxy"),
+    ],
+)
+def test_a_proxy_is_named_by_its_host(
+    monkeypatch: pytest.MonkeyPatch, value: str, host: str
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", value)
+    found = diagnosis.proxy_for(f"https://a.example{JOB}")
+    assert (found and found.host) == host
+
+
+def test_check_names_a_host_that_is_not_there() -> None:
+    ended = call("check", f"https://no-such-host.invalid{JOB}", "--rate", "20")
+    assert ended.returncode == 6
+    assert "unreachable: the name no-such-host.invalid cannot be resolved" in ended.stdout
 
 
 def test_check_counts_a_pod_404_as_an_answer(check: Check, make_lab: Callable[..., Lab]) -> None:
@@ -569,29 +897,13 @@ def test_check_counts_a_pod_404_as_an_answer(check: Check, make_lab: Callable[..
     assert check(lab)["verdict"] == "healthy"
 
 
-@pytest.mark.parametrize(
-    ("answer", "cure", "shown"),
-    [
-        (Answer(503, {"queue_state": "route_not_ready"}), "503 route_not_ready", "503 route"),
-        (Answer(404, {"error": {"code": "ROUTE_STALE"}}), "distinct code", "ROUTE_STALE"),
-    ],
-)
-def test_check_recognises_a_fixed_gateway(
-    check: Check, lab: Lab, answer: Answer, cure: str, shown: str
-) -> None:
+def test_check_recognises_a_fixed_gateway(check: Check, lab: Lab) -> None:
+    answer = Answer(503, {"queue_state": "route_not_ready"})
     lab.fault(Fault(kinds=PROBE, count=5, answer=answer))
     report = check(lab)
+    cure = "503 route_not_ready"
     assert (report["verdict"], report["raced"], report["cure"]) == ("racing", 5, cure)
-    assert shown in report["cure_says"]
-
-
-def test_check_of_a_gone_job_recognises_a_distinct_code(check: Check, lab: Lab) -> None:
-    # The stale route keeps the answer that it has today; the job that is over has got one.
-    lab.control_plane.state = "JOB_STATE_DELETED"
-    lab.fault(Fault(kinds=PROBE, answer=Answer(410, {"error": {"code": "JOB_GONE"}})))
-    report = check(lab)
-    assert (report["verdict"], report["cure"]) == ("gone", "distinct code")
-    assert "410 with the code JOB_GONE" in report["cure_says"]
+    assert "503 route" in report["cure_says"]
 
 
 @pytest.mark.parametrize("cut_off", ["long", "slow", "dropped"])
@@ -609,10 +921,14 @@ def test_check_of_a_gateway_without_a_proper_answer_is_not_healthy(
     lab.fault(Fault(kinds=PROBE, hang=cut_off == "slow", drop=cut_off == "dropped"))
     report = check(lab)
     assert (report["verdict"], report["exit_code"], report["failed"]) == ("unreachable", 6, 3)
-    said = {"slow": "no answer within 0.3 s", "dropped": "no answer (RemoteProtocolError)"}
+    said = {
+        "slow": "no answer within 0.3 s",
+        "dropped": "the connection was closed without an answer",
+    }
     assert report["said"] == said[cut_off]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cured", [True, False])
 def test_check_watching_a_new_job_reports_each_change(check: Check, lab: Lab, cured: bool) -> None:
     lab.control_plane.state = "JOB_STATE_CREATING"
@@ -630,6 +946,7 @@ def test_check_watching_a_new_job_reports_each_change(check: Check, lab: Lab, cu
     assert [change["control_plane"] for change in report["changes"]][:1] == ["JOB_STATE_CREATING"]
     assert report["changes"][-1]["control_plane"] == "JOB_STATE_RUNNING"
     assert report["changes"][-1]["route"] == "answers"
+    assert report["start_seen"] is True
     assert report["answered"] >= 20
     if cured:
         assert (report["verdict"], report["raced"]) == ("healthy", 0)
@@ -640,24 +957,32 @@ def test_check_watching_a_new_job_reports_each_change(check: Check, lab: Lab, cu
         assert 0 < report["raced"] < report["refused"] == 30
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")],
+)
 @pytest.mark.parametrize("as_json", [True, False])
-def test_check_watch_interrupted_reports_what_was_seen(lab: Lab, as_json: bool) -> None:
+def test_a_signal_ends_the_watch_with_what_was_seen(
+    lab: Lab, as_json: bool, number: signal.Signals, code: int, line: str
+) -> None:
     flags = ["--watch", *(["--json"] if as_json else [])]
     with start([*COMMAND, "check", lab.base_url, *flags], {}) as process:
         assert process.stdout is not None
         seen = ""
-        while "RUNNING" not in seen:
+        while "route: answers" not in seen and '"route": "answers"' not in seen:
             assert process.poll() is None
-            seen = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+            seen += process.stdout.readline()
+        process.send_signal(number)
         ended = finish(process)
-    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+    assert (ended.returncode, ended.stderr) == (code, line)
     if as_json:
         report = json.loads(ended.stdout.splitlines()[-1])
-        assert (report["interrupted"], report["exit_code"]) == (True, 130)
+        jsonschema.validate(report, SCHEMA)
+        assert (report["interrupted"], report["exit_code"]) == (True, code)
         assert report["verdict"] == "healthy"
     else:
-        assert ended.stdout.splitlines()[-1].startswith("healthy: ")
+        assert "The job was RUNNING before this watch began: too late to see its start" in seen
+        assert ended.stdout.splitlines()[-2].startswith("healthy: ")
 
 
 def test_read_probe_classifies_each_answer() -> None:
@@ -666,12 +991,7 @@ def test_read_probe_classifies_each_answer() -> None:
     assert read_probe(404, b"<html>").seen is Seen.REFUSED
     assert read_probe(404, b'{"error": {"code": "NOT_FOUND"}}').cure is None
     assert read_probe(404, b'{"error": {"code": 5}}').cure is None
-    gone = read_probe(410, b'{"error": {"code": "JOB_GONE"}}')
-    assert (gone.seen, gone.cure) == (Seen.REFUSED, Cure.DISTINCT_CODE)
-    assert read_probe(404, f'{{"error": {{"code": "tell {CANARY}"}}}}'.encode()).said.endswith(
-        "(strange)"
-    )
-    assert read_probe(404, b'{"error": {"code": "route_stale"}}').said.endswith(" route_stale")
+    assert read_probe(410, b'{"error": {"code": "JOB_GONE"}}').seen is Seen.REFUSED
     for body in (b'{"error": {"queue_state": "route_not_ready"}}', b'{"queue_state": 1, "x": 2}'):
         assert (read_probe(503, body).seen is Seen.NOT_READY) is (b"route" in body)
     assert read_probe(503, b"[").seen is Seen.OTHER
@@ -698,7 +1018,7 @@ def test_check_on_a_terminal_without_rich_prints_plain_text(lab: Lab) -> None:
     assert code == 0
     assert "\x1b[" not in shown
     assert re.search(r"\r\d+ probes in \d+ s: \d+ answered, 0 refused; JOB_STATE_RUNNING", shown)
-    assert "healthy: 20 of 20 probes were answered" in shown
+    assert "healthy: all 20 probes were answered by the pod" in shown
 
 
 @pytest.mark.parametrize("on_a_tty", [True, False])
@@ -808,6 +1128,155 @@ def test_run_of_a_program_behaves_like_python(tmp_path: Path, name: str) -> None
     plain, ran = both(["here/program.py", "-m", "--", "--help", "-x"], tmp_path)
     same(plain, ran)
     assert plain.stdout or plain.stderr or plain.returncode  # there was something to compare
+
+
+SAYS = "import sys; print(sys.argv, sys.path[0], __name__, sorted(globals())); "
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", SAYS, "-m", "--", "-x"],
+        [f"-c{SAYS}", "a"],
+        ["-c", f"{SAYS}1 / 0"],
+        ["-c", "print(\n"],
+        ["-c", "import sys; sys.exit(5)"],
+        ["-u", "-c", SAYS, "-c"],
+        ["-uB", "-Wignore", "-X", "dev", "here/program.py", "-u"],
+        ["-OBc", f"{SAYS}print(__debug__)"],
+        ["-W", "error", "here/program.py"],
+        ["-P", "here/program.py"],
+        ["-I", "-c", SAYS],
+        ["-Xutf8=1", "-m", "module", "-m"],
+        ["--check-hash-based-pycs", "never", "here/program.py"],
+        ["--", "here/program.py", "--"],
+        ["-u", "--", "here/program.py", "-"],
+        ["-u", "no_such.py"],
+    ],
+    ids=str,
+)
+def test_run_reads_its_command_line_as_python_does(tmp_path: Path, arguments: list[str]) -> None:
+    look = f"{SAYS}print(sys.flags, sys.warnoptions, sys._xoptions, __file__)"
+    stub(tmp_path, {"here/program.py": look, "module.py": look})
+    plain, ran = both(arguments, tmp_path)
+    same(plain, ran)
+    assert plain.stdout or plain.stderr or plain.returncode
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words", "options"),
+    [
+        (["a.py", "-u"], "script", ["a.py", "-u"], []),
+        (["-uBm", "mod", "-c"], "module", ["mod", "-c"], ["-uB"]),
+        (["-ccode"], "code", ["code"], []),
+        (["-uWerror", "-X", "dev", "-"], "script", ["-"], ["-u", "-W", "error", "-X", "dev"]),
+        (
+            ["--check-hash-based-pycs", "never", "--", "-x.py"],
+            "script",
+            ["-x.py"],
+            ["--check-hash-based-pycs", "never"],
+        ),
+    ],
+)
+def test_a_command_line_of_run_is_taken_apart(
+    arguments: list[str], kind: str, words: list[str], options: list[str]
+) -> None:
+    program = run_command.parse(arguments)
+    assert (program.kind, program.words, program.options) == (kind, words, options)
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]])
+@pytest.mark.parametrize("ends", ["", "1 / 0", "print("])
+def test_run_runs_what_comes_from_stdin(tmp_path: Path, options: list[str], ends: str) -> None:
+    program = f"{SAYS.rstrip('; ')}\n{ends}\n"
+    ended = []
+    for command in ([sys.executable], [*COMMAND, "run"]):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended.append(
+            subprocess.run(
+                [*command, *options, "-", "-x"],
+                input=program,
+                env=environment,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        )
+    same(*ended)
+
+
+def test_run_of_stdin_on_a_terminal_is_the_interpreters_own_prompt() -> None:
+    ours, theirs = pty.openpty()
+    process = start(
+        [*COMMAND, "run", "-"], {"TERM": "dumb"}, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    os.write(ours, b"print(6 * 7)\nexit()\n")
+    shown = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    except OSError:  # the other end has been closed
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert b">>> " in shown
+    assert b"42" in shown
+
+
+COMMAND_STATE = "import os, sys; print(os.environ.get('TINKER_ROUTEFIX_AUTOLOAD'), sys.argv[1:])"
+
+
+@pytest.mark.parametrize(
+    ("environment", "variable"),
+    [
+        ({}, "1"),
+        ({"TINKER_ROUTEFIX_AUTOLOAD": "0"}, "0"),
+        ({"TINKER_ROUTEFIX": "0"}, "None"),
+    ],
+)
+@pytest.mark.parametrize("how", ["by name", "by path"])
+def test_run_of_a_command_sets_the_variable_for_it(
+    tmp_path: Path, environment: dict[str, str], variable: str, how: str
+) -> None:
+    launcher = tmp_path / "bin" / "launcher"
+    text = f'#!/bin/sh\nexec {sys.executable} -c "{COMMAND_STATE}" "$@"\n'
+    stub(tmp_path, {"bin/launcher": text})
+    launcher.chmod(0o755)
+    path = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
+    program = "launcher" if how == "by name" else str(launcher)
+    ended = call("run", program, "-m", "--help", PATH=path, **environment)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == f"{variable} ['-m', '--help']\n"
+
+
+def test_run_of_python_itself_loads_the_shim() -> None:
+    state = "import tinker, sys; print('tinker_routefix' in sys.modules)"
+    ended = call("run", sys.executable, "-c", state)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
+
+
+def test_run_of_a_command_says_where_no_startup_file_would_load_the_shim(
+    tmp_path: Path,
+) -> None:
+    hidden = "from tinker_routefix import _status; _status._startup_file = lambda: None"
+    ended = in_a_program(hidden, "run", "true")
+    assert (ended.returncode, ended.stdout) == (0, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("tinker-routefix run: this environment has no startup file")
+    assert "what true starts is not patched" in line
+    ended = in_a_program(hidden, "run", "true", TINKER_ROUTEFIX="0")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_folder_with_the_name_of_a_command_is_no_program(tmp_path: Path) -> None:
+    (tmp_path / "true").mkdir()
+    plain, ran = both(["true"], tmp_path)
+    assert (plain.returncode, ran.returncode) == (1, 0)
+    stub(tmp_path, {"true/__main__.py": "print('the folder')"})
+    same(*both(["true"], tmp_path))
 
 
 @pytest.mark.parametrize("arguments", [["-m", "package", "-h"], ["-m", "package.module"]])

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
+import math
 import os
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinker_routefix._version import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_LAB_NEEDS = ("aiohttp", "click", "google.protobuf", "rich", "zstandard")
+_LAB_NEEDS = ("aiohttp", "google.protobuf", "rich", "trustme", "zstandard")
 _DEMO_NEEDS = ("tinker", *_LAB_NEEDS)
 _USAGE = 2
 _INTERRUPTED = 130
 _FEWEST_STEPS = 4
 _MOST_STEPS = 100
+_HELP_WIDTH = 79
 
 
 def _missing(modules: Sequence[str]) -> list[str]:
@@ -50,23 +54,17 @@ def _lacks(command: str, modules: Sequence[str], extras: str) -> bool:
     return bool(missing)
 
 
-def _steps(text: str) -> int:
-    steps = int(text)
-    if not _FEWEST_STEPS <= steps <= _MOST_STEPS:
-        raise argparse.ArgumentTypeError(
-            f"{steps} is not between {_FEWEST_STEPS} (the race strikes up to step 4) "
-            f"and {_MOST_STEPS}"
-        )
-    return steps
+def _number(least: float, most: float, kind: type[int | float] = float) -> Callable[[str], float]:
+    """A parser of numbers within bounds; argparse names it in its messages."""
 
-
-def _number(least: float, most: float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        value = float(text)
+        value = kind(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
+            bounds = f"{least} or more" if most == math.inf else f"between {least} and {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
+    number.__name__ = "whole number" if kind is int else "number"
     return number
 
 
@@ -75,14 +73,23 @@ def _demo(options: argparse.Namespace) -> int:
         return _USAGE
     from tinker_routefix.demo import run
 
-    return run(steps=options.steps, seed=options.seed, as_json=options.json)
+    return run(steps=options.steps, seed=options.seed, as_json=options.json, tls=options.tls)
 
 
-def _lab(arguments: Sequence[str], program: str) -> int:
+def _lab(options: argparse.Namespace) -> int:
     if _lacks("lab", _LAB_NEEDS, "lab"):
         return _USAGE
-    command: Callable[..., int] = importlib.import_module("tinker_routefix.lab.__main__").main
-    return command(args=list(arguments), prog_name=f"{program} lab")
+    serve: Callable[..., int] = importlib.import_module("tinker_routefix.lab._serve").serve
+    return serve(
+        port=options.port,
+        replicas=options.replicas,
+        stale=options.stale,
+        stale_from_start=options.stale_from_start,
+        flap=options.flap,
+        work=options.work,
+        state=options.state,
+        tls=options.tls,
+    )
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -105,33 +112,51 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _run(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
-    """Take `run` apart by hand: what comes after the program is the program's own."""
-    own = list(itertools.takewhile(lambda word: word.startswith("-"), arguments))
-    options = parser.parse_args(own)
-    rest = list(arguments[len(own) :])
-    if not rest:
-        parser.error("which program? Give a script, or -m and a module")
+    """What comes after the program is the program's, so argparse only explains."""
     from . import run as command
 
-    return command.run(rest, as_module=options.m)
+    if arguments[:1] in (["-h"], ["--help"]):
+        parser.print_help()
+        return 0
+    try:
+        return command.run(arguments)
+    except command.UsageError as error:
+        parser.error(str(error))
 
 
-_STATUS_CODES = "exit codes: 0 active, 3 switched off, 4 it cannot help, 2 wrong usage"
+_STATUS_CODES = """\
+exit codes:
+  0  active: a program that loads the shim here is patched
+  3  switched off
+  4  no supported SDK found
+  2  wrong usage"""
 _CHECK_CODES = """\
 exit codes:
-  0  healthy: every probe was answered, from the first one on
-  3  racing: the route was refused while the control plane said RUNNING, over now or not
-  4  gone: the control plane says that the job is over or that there is none
-  5  wrong key: the gateway or the control plane does not accept it for this job
-  6  unreachable: no answer from the gateway
-  7  unclear: the job has not started, or the answers leave it open
-  2  wrong usage, or no key; 130 interrupted
+  0    healthy: the control plane says RUNNING, and the pod answered every probe
+  3    racing: the route was refused while the control plane said RUNNING
+  4    gone: the job has ended or sleeps, or there is none
+  5    wrong key: the gateway or the control plane does not accept it
+  6    unreachable: no answer from the gateway; what is at fault is named
+  7    unclear: the job has not started, the control plane cannot be asked, or
+       answers differ
+  2    wrong usage, or no key
+  130  interrupted
+  143  terminated
 
 The control plane is asked at the gateway's own origin, or where
-TINKER_ROUTEFIX_CONTROL_PLANE_URL says. The key goes to these two and is never shown.
+TINKER_ROUTEFIX_CONTROL_PLANE_URL says. The key goes to these two and is never
+shown."""
+_RUN_HELP = """\
+what PROGRAM can be:
+  SCRIPT [ARGUMENT ...]     a file; a directory or zip file with a __main__.py
+  -m MODULE [ARGUMENT ...]  a module
+  -c CODE [ARGUMENT ...]    code
+  - [ARGUMENT ...]          what comes from standard input
+  COMMAND [ARGUMENT ...]    any other command, such as torchrun
 
-Where the gateway was seen to tell stale routes from jobs that are gone, or to retry the lookup
-itself, the last line says so: "cure seen"."""
+OPTION is one of the interpreter's, such as -u, -O, -X or -W; -- ends them. With
+one, and for a command, another process takes the place of this one; everything
+else runs in this one."""
 
 
 def _parsers(program: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -140,23 +165,32 @@ def _parsers(program: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentPa
     parser = argparse.ArgumentParser(
         prog=program, description="Survive stale gateway routes in tinker training runs."
     )
+    parser.add_argument("--version", action="version", version=f"tinker-routefix {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     status = commands.add_parser(
         "status",
-        help="what is patched here, by which settings, and how it was activated",
-        description="Import the SDKs that are installed, and show whether they are patched, the "
-        "settings with where each came from, and how the shim is activated.",
+        help="whether a program of this environment can be patched, and by which settings",
+        description=textwrap.fill(
+            "Import the SDKs that are installed, and show whether they can be patched, the "
+            "settings with where each came from, and how a program gets the shim. It looks at this "
+            "environment, not at a program that runs.",
+            _HELP_WIDTH,
+        ),
         epilog=_STATUS_CODES,
+        formatter_class=raw,
     )
     status.set_defaults(command=_status)
 
     check = commands.add_parser(
         "check",
         help="ask a job's control plane and probe its route",
-        description="Ask the control plane about a trainer job, and probe its route over fresh "
-        "connections. Ends early when the outcome is clear: after 20 answers in a row, at once "
-        "when the job is gone or the key is wrong.",
+        description=textwrap.fill(
+            "Ask the control plane about a trainer job, and probe its route over fresh "
+            "connections. Ends early when the outcome is clear: after 20 answers in a row, at once "
+            "when the job is gone or the key is wrong.",
+            _HELP_WIDTH,
+        ),
         epilog=_CHECK_CODES,
         formatter_class=raw,
     )
@@ -183,20 +217,25 @@ def _parsers(program: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentPa
     check.add_argument(
         "--watch",
         action="store_true",
-        help="go on, and say what changes: on a new job, whether its gateway still needs the shim",
+        help="go on until Ctrl-C, and say what changes: on a new job, whether its gateway still "
+        "needs the shim",
     )
     check.set_defaults(command=_check)
 
-    # `run` and `lab` are here for the help only: main() hands their arguments on as they are.
+    # Here for the help only: main() hands its arguments on as they are.
     run = commands.add_parser(
         "run",
         help="run a program with the shim on",
-        usage=f"{program} run [-h] [-m] PROGRAM [ARGUMENT ...]",
-        description="Run a script, or with -m a module, as Python itself would, with the shim on. "
-        "TINKER_ROUTEFIX=0 runs it without. The processes that it starts get "
-        "TINKER_ROUTEFIX_AUTOLOAD=1. The exit code is the program's.",
+        usage=f"{program} run [-h] [OPTION ...] [--] PROGRAM",
+        description=textwrap.fill(
+            "Run a program as Python itself would, with the shim on. TINKER_ROUTEFIX=0 runs it "
+            "without. The processes that it starts get TINKER_ROUTEFIX_AUTOLOAD=1. The exit code "
+            "is the program's.",
+            _HELP_WIDTH,
+        ),
+        epilog=_RUN_HELP,
+        formatter_class=raw,
     )
-    run.add_argument("-m", action="store_true", help="PROGRAM is a module")
 
     demo = commands.add_parser(
         "demo",
@@ -205,13 +244,69 @@ def _parsers(program: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentPa
         "routes: with plain tinker, with two earlier strategies, and with the shim. "
         "Exits with 0 if the shim trained everything exactly once.",
     )
-    demo.add_argument("--steps", type=_steps, default=6, help="training steps (default: 6)")
+    demo.add_argument(
+        "--steps",
+        # The race strikes up to step 4.
+        type=_number(_FEWEST_STEPS, _MOST_STEPS, int),
+        default=6,
+        help="training steps (default: 6)",
+    )
     demo.add_argument("--seed", type=int, default=0, help="of the lab and the data (default: 0)")
+    demo.add_argument("--tls", action="store_true", help="race over https")
     demo.set_defaults(command=_demo)
 
-    commands.add_parser(
-        "lab", help="serve a gateway that loses routes, to point a program at", add_help=False
+    lab = commands.add_parser(
+        "lab",
+        help="serve a gateway that loses routes, to point a program at",
+        description="Serve a control plane, a gateway that loses routes, and a trainer, until "
+        "Ctrl-C.",
     )
+    lab.add_argument(
+        "--port",
+        type=_number(0, 65535, int),
+        default=0,
+        help="to listen on (default: 0, a free one)",
+    )
+    lab.add_argument(
+        "--replicas",
+        type=_number(1, math.inf, int),
+        default=1,
+        help="of the gateway (default: 1)",
+    )
+    lab.add_argument(
+        "--stale",
+        metavar="SECONDS",
+        type=_number(0, math.inf),
+        default=0.0,
+        help="refuse a job for so long, from its first create_session on",
+    )
+    lab.add_argument(
+        "--stale-from-start", action="store_true", help="let --stale begin with the lab"
+    )
+    lab.add_argument(
+        "--flap",
+        metavar="CHANCE",
+        type=_number(0, 1),
+        default=0.0,
+        help="refuse requests at random (0 to 1)",
+    )
+    lab.add_argument(
+        "--work",
+        metavar="SECONDS",
+        type=_number(0, math.inf),
+        default=0.0,
+        help="how long an operation takes",
+    )
+    lab.add_argument(
+        "--state",
+        default="JOB_STATE_RUNNING",
+        help="what the control plane says about the jobs (default: JOB_STATE_RUNNING)",
+    )
+    lab.add_argument(
+        "--tls", action="store_true", help="serve https, with a certificate authority of its own"
+    )
+    lab.set_defaults(command=_lab)
+
     for command in (status, check, demo):
         command.add_argument("--json", action="store_true", help="print JSON instead")
     return parser, run
@@ -227,8 +322,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # How this one ends, by an exception too, is for the program to say.
         return _run(arguments[1:], run)
     try:
-        if arguments[:1] == ["lab"]:
-            return _lab(arguments[1:], program)
         options = parser.parse_args(arguments)
         code: int = options.command(options)
     except KeyboardInterrupt:

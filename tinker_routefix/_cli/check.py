@@ -1,5 +1,8 @@
 """``tinker-routefix check``: what a job's gateway and its control plane say right now.
 
+Its report is a public interface: ``docs/check.schema.json`` describes it, and tests hold it to
+that.
+
 A health check proves nothing about a route: it can be answered while the paths that training
 uses are still refused. So a path that does go through the route table is probed, over a fresh
 connection each time, because connections stay with one replica of the gateway and only some of
@@ -10,36 +13,37 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import enum
-import json
 import math
 import os
-import re
+import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from tinker_routefix import _settings, _verdict
-from tinker_routefix._control_plane import GOOD_FOR, Answer, ControlPlane, JobState
+from tinker_routefix._control_plane import GOOD_FOR, NOT_ASKED, ControlPlane, JobState
 from tinker_routefix._job import Job
 from tinker_routefix._switch import SettingError
 from tinker_routefix._verdict import Cure, Verdict
 from tinker_routefix._version import __version__
 
+from .diagnosis import Fault, explain, proxy_for
 from .output import Json, Mark, Row, Screen, screen
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Coroutine, Mapping
 
 PATH = "/api/v1/get_server_capabilities"
 """What is probed: light, and through the route table."""
 SECONDS = 15.0
-ENOUGH = 20
+HEALTHY_STREAK = 20
 """Answers in a row that make a route healthy."""
-NOBODY = 3
+UNREACHABLE_AFTER = 3
 """Attempts without any answer after which nobody is there."""
 WINDOW = 8
 """Probes by which the route is described: fewer would call every second replica a change."""
@@ -63,6 +67,7 @@ class Exit(enum.IntEnum):
     UNREACHABLE = 6
     UNCLEAR = 7
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class Seen(enum.Enum):
@@ -88,30 +93,27 @@ class Probe:
     seen: Seen
     said: str
     cure: Cure | None = None
+    status: int | None = None
+    """None where there was no HTTP answer."""
+    fault: Fault | None = None
+    """What kept it from being answered."""
 
 
 def read_probe(status: int, body: bytes) -> Probe:
     """What an answer to a probe means; never raises."""
-    cure = _verdict.cure_in(status, body)
-    if cure is Cure.ROUTE_NOT_READY:
-        return Probe(Seen.NOT_READY, cure.value, cure)
+    if _verdict.is_route_not_ready(status, body):
+        cure = Cure.ROUTE_NOT_READY
+        return Probe(Seen.NOT_READY, cure.value, cure, status)
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        return Probe(Seen.DENIED, f"HTTP {status}")
+        return Probe(Seen.DENIED, f"HTTP {status}", status=status)
     if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):
         if _verdict.of_body(body) is Verdict.POD:
-            return Probe(Seen.ANSWERED, "answers")
-        if cure is not None:
-            return Probe(Seen.REFUSED, f"{status} with the code {_code(body)}", cure)
-        return Probe(Seen.REFUSED, f"the gateway's {status}")
+            return Probe(Seen.ANSWERED, "answers", status=status)
+        return Probe(Seen.REFUSED, f"the gateway's {status}", status=status)
     if status < httpx.codes.MULTIPLE_CHOICES:
-        return Probe(Seen.ANSWERED, "answers")
-    return Probe(Seen.OTHER, f"HTTP {status}")
-
-
-def _code(body: bytes) -> str:
-    """The code in a body that has one; it comes from outside, and is shown if it looks like one."""
-    code: str = json.loads(body)["error"]["code"]
-    return code if re.fullmatch("[A-Za-z_]{1,40}", code) else "(strange)"
+        return Probe(Seen.ANSWERED, "answers", status=status)
+    fault = Fault.PROXY if status == httpx.codes.PROXY_AUTHENTICATION_REQUIRED else None
+    return Probe(Seen.OTHER, f"HTTP {status}", status=status, fault=fault)
 
 
 @dataclasses.dataclass(slots=True)
@@ -119,14 +121,14 @@ class Change:
     """From when on the route or the control plane said something else."""
 
     at: float
-    """Seconds since the epoch, as all moments here."""
+    """A Unix timestamp, as all moments here."""
     route: str
     control_plane: str
 
 
 @dataclasses.dataclass(slots=True)
 class Report:
-    """All that was seen, as ``--json`` prints it."""
+    """All that was seen, as ``--json`` prints it; the page of the command line explains it."""
 
     account: str
     job: str
@@ -134,6 +136,7 @@ class Report:
     started: float
     verdict: str = "unclear"
     said: str = ""
+    advice: str = ""
     exit_code: int = Exit.UNCLEAR
     interrupted: bool = False
     seconds: float = 0.0
@@ -148,45 +151,75 @@ class Report:
     """Probes that were not let through while the control plane said RUNNING."""
     race_seconds: float = 0.0
     """From the first to the last of them."""
-    slowest: float = 0.0
+    slowest: float | None = None
+    """Of the answers; None: there were none."""
+    proxy: str | None = None
+    fault: str | None = None
     control_plane: str = "not asked"
-    """Its last word."""
+    """Its last response."""
     control_plane_state: str = JobState.UNKNOWN.value
     questions: int = 0
     route: str = "not probed"
-    """What the latest probes met."""
+    """What the latest probes got."""
+    start_seen: bool = False
+    """Whether the job was seen before it was RUNNING, and then RUNNING."""
     cure: str | None = None
     cure_says: str | None = None
     changes: list[Change] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What it all means, and what to do next."""
+
+    code: Exit
+    verdict: str
+    said: str
+    advice: str
+
+
 class Checker:
     """Probes a route until the outcome is clear, or for ever."""
 
-    def __init__(self, job: Job, key: str, to: Screen, *, rate: float, watch: bool) -> None:
+    def __init__(
+        self, job: Job, key: str, to: Screen, *, key_variable: str, rate: float, watch: bool
+    ) -> None:
         self.report = Report(job.account, job.name, job.gateway, started=time.time())
         self._job = job
+        self._url = f"{job.url}{PATH}"
         self._headers = {"x-api-key": key, "authorization": f"Bearer {key}"}
+        self._key_variable = key_variable
         self._to = to
         self._rate = rate
         self._watch = watch
+        self._proxy = proxy_for(self._url)
+        self.report.proxy = None if self._proxy is None else str(self._proxy)
         self._control_plane = ControlPlane(job)
+        self._root = _settings.current().control_plane_url or job.gateway
         self._client = self._connected_anew()
-        self._word = Answer(JobState.UNKNOWN, "not asked", -math.inf)
+        self._answer = NOT_ASKED
         self._window: collections.deque[Probe] = collections.deque(maxlen=WINDOW)
         self._streak = 0
+        self._streak_running = 0
+        """Answers in a row, all while the control plane said RUNNING."""
         self._race_began = math.nan
         self._cures: dict[Cure, str] = {}
-        self._was_on_its_way = False
+        self._was_starting = False
         self._began = time.monotonic()
 
     async def run(self, seconds: float) -> None:
         """Probe for so long, unless it is clear before."""
         await self._ask()
+        if self._watch and self._runs():
+            self._to.line(
+                "The job was RUNNING before this watch began: too late to see its start. Whether "
+                "its gateway still needs the shim shows on a job that is still being created.",
+                "warn",
+            )
         self._began = time.monotonic()
         async with self._client:
             while True:
-                turn = time.monotonic()
+                started = time.monotonic()
                 probe, took = await self._probe()
                 await self._take(probe, took)
                 if self._is_clear():
@@ -194,9 +227,10 @@ class Checker:
                 left = self._began + seconds - time.monotonic()
                 if left <= 0:
                     return
-                quiet = self._watch and self._streak >= ENOUGH
+                streak = self._streak_running if self._runs() else self._streak
+                quiet = self._watch and streak >= HEALTHY_STREAK
                 gap = 1 / (min(QUIET_RATE, self._rate) if quiet else self._rate)
-                await asyncio.sleep(min(max(turn + gap - time.monotonic(), 0.0), left))
+                await asyncio.sleep(min(max(started + gap - time.monotonic(), 0.0), left))
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -223,10 +257,12 @@ class Checker:
             ) from error
 
     async def _probe(self) -> tuple[Probe, float]:
-        url = f"{self._job.url}{PATH}"
         began = time.monotonic()
         try:
-            async with asyncio.timeout(PROBE_SECONDS), self._client.stream("GET", url) as response:
+            async with (
+                asyncio.timeout(PROBE_SECONDS),
+                self._client.stream("GET", self._url) as response,
+            ):
                 body = bytearray()
                 async for chunk in response.aiter_raw():
                     body += chunk
@@ -234,38 +270,46 @@ class Checker:
                         break
             probe = read_probe(response.status_code, bytes(body))
         except TimeoutError:
-            probe = Probe(Seen.FAILED, f"no answer within {PROBE_SECONDS:g} s")
-        except httpx.ConnectError as error:
-            probe = Probe(Seen.FAILED, f"no connection ({error})")
+            said = f"no answer within {PROBE_SECONDS:g} s"
+            probe = Probe(Seen.FAILED, said, fault=Fault.NETWORK)
         except Exception as error:  # noqa: BLE001 - its text could hold a header
-            probe = Probe(Seen.FAILED, f"no answer ({type(error).__name__})")
+            fault, said = explain(error, self._url, self._proxy)
+            probe = Probe(Seen.FAILED, said, fault=fault)
         return probe, time.monotonic() - began
 
     async def _ask(self) -> None:
-        self._word = await self._control_plane.ask(self._headers)
+        self._answer = await self._control_plane.ask(self._headers)
         report = self.report
         report.questions = self._control_plane.questions
-        report.control_plane, report.control_plane_state = self._word.said, self._word.state.value
-        if self._word.state is JobState.ON_ITS_WAY:
-            self._was_on_its_way = True
+        report.control_plane = self._answer.said
+        report.control_plane_state = self._answer.state.value
+        if self._answer.state is JobState.ON_ITS_WAY:
+            self._was_starting = True
+        report.start_seen = report.start_seen or (self._was_starting and self._runs())
+
+    def _runs(self) -> bool:
+        return self._answer.state is JobState.RUNNING
 
     # -- taking stock --------------------------------------------------------------------------
 
     async def _take(self, probe: Probe, took: float) -> None:
         report = self.report
         at = time.monotonic() - took
-        ran = self._word.state is JobState.RUNNING
+        ran = self._runs()
         report.probes += 1
         name = probe.seen.name.lower()
         setattr(report, name, getattr(report, name) + 1)
-        report.slowest = max(report.slowest, took)
+        if probe.status is not None:
+            report.slowest = max(report.slowest or 0.0, took)
         self._window.append(probe)
         self._streak = self._streak + 1 if probe.seen is Seen.ANSWERED else 0
         if probe.cure is not None:
             self._cures[probe.cure] = probe.said
-        if time.monotonic() - self._word.at > self._patience(probe):
+        if time.monotonic() - self._answer.at > self._max_age(probe):
             await self._ask()
-        runs = ran and self._word.state is JobState.RUNNING
+        runs = ran and self._runs()
+        answered = probe.seen is Seen.ANSWERED
+        self._streak_running = self._streak_running + 1 if runs and answered else 0
         if runs and probe.seen in (Seen.REFUSED, Seen.NOT_READY):
             if not report.raced:
                 self._race_began = at
@@ -278,12 +322,12 @@ class Checker:
             f"{report.refused + report.not_ready} refused; {report.control_plane}"
         )
 
-    def _patience(self, probe: Probe) -> float:
-        """How old the control plane's word may be."""
-        well = probe.seen is Seen.ANSWERED and self._word.state is JobState.RUNNING
+    def _max_age(self, probe: Probe) -> float:
+        """How old the control plane's response may be."""
+        well = probe.seen is Seen.ANSWERED and self._runs()
         # Otherwise as old as the control plane's answers may get; and where it has none, it can
         # be slow, and the probes shall not have to wait for it each time.
-        return ASK_AGAIN if well or self._word.state is JobState.UNKNOWN else GOOD_FOR
+        return ASK_AGAIN if well or self._answer.state is JobState.UNKNOWN else GOOD_FOR
 
     def _note_change(self) -> None:
         report = self.report
@@ -305,62 +349,190 @@ class Checker:
         report = self.report
         if report.denied:
             return True
-        if report.failed == report.probes >= NOBODY:
+        if report.failed == report.probes >= UNREACHABLE_AFTER:
             return not self._watch
         if self._watch:
             return False
         refused = self._window[-1].seen is Seen.REFUSED
-        return self._streak >= ENOUGH or (refused and (self._is_over() or self._key_is_wrong()))
+        return self._streak >= HEALTHY_STREAK or (
+            refused and (self._is_over() or self._key_is_wrong())
+        )
 
     def _is_over(self) -> bool:
-        return self._word.state is JobState.OVER
+        return self._answer.state is JobState.OVER
 
     def _key_is_wrong(self) -> bool:
-        word = self.report.control_plane
-        return bool(self.report.denied) or (
-            not self.report.answered and ("HTTP 401" in word or "HTTP 403" in word)
-        )
+        said = self.report.control_plane
+        return bool(self.report.denied) or "HTTP 401" in said or "HTTP 403" in said
 
     def conclude(self) -> Report:
         """Say what it all means."""
         report = self.report
-        report.seconds = time.monotonic() - self._began
-        code, verdict, said = self._outcome()
-        report.exit_code, report.verdict, report.said = int(code), verdict, said
+        report.seconds = time.monotonic() - self._began if report.probes else 0.0
+        outcome = self._outcome()
+        report.exit_code, report.verdict = int(outcome.code), outcome.verdict
+        report.said, report.advice = outcome.said, outcome.advice
+        faults = [probe.fault for probe in self._window if probe.fault is not None]
+        report.fault = faults[-1].value if faults else None
         self._name_cure()
         return report
 
-    def _outcome(self) -> tuple[Exit, str, str]:
+    def _outcome(self) -> Outcome:
         report = self.report
-        last = self._window[-1].seen if self._window else None
-        count = (
-            f"{report.answered} of {report.probes} probes were answered in {report.seconds:.1f} s"
-        )
-        if last is None:
-            return Exit.UNCLEAR, "unclear", "nothing was probed"
-        if self._key_is_wrong():
-            who = "gateway" if report.denied else "control plane"
-            return Exit.WRONG_KEY, "wrong key", f"the {who} does not accept this key for this job"
-        if last is Seen.REFUSED and self._is_over():
-            return Exit.GONE, "gone", f"the control plane says: {report.control_plane}"
-        if report.raced:
-            refused = (
-                f"{report.raced} of {report.probes} probes were refused while the job was RUNNING, "
-                f"over {report.race_seconds:.1f} s"
+        if not self._window:
+            return Outcome(
+                Exit.UNCLEAR, "unclear", "nothing was probed", "Let it run until it ends by itself."
             )
-            if self._streak:
-                return Exit.RACING, "racing", f"{refused}; the last {self._streak} were answered"
-            return Exit.RACING, "racing", f"{refused}, and at the end still"
+        last = self._window[-1]
+        if self._key_is_wrong():
+            return self._wrong_key()
+        if self._is_over():
+            return self._gone(last)
+        if report.raced:
+            return self._racing()
         if report.failed == report.probes:
-            return Exit.UNREACHABLE, "unreachable", self._window[-1].said
-        if self._streak >= ENOUGH or self._streak == report.probes:
-            return Exit.HEALTHY, "healthy", f"{count}, each over a fresh connection"
-        if last is Seen.REFUSED:
-            if self._word.state is JobState.ON_ITS_WAY:
-                return Exit.UNCLEAR, "unclear", f"the job has not started: {report.control_plane}"
-            said = f"{count}; the control plane cannot tell whether the job runs"
-            return Exit.UNCLEAR, "unclear", f"{said}: {report.control_plane}"
-        return Exit.UNCLEAR, "unclear", f"{count}; at the end: {report.route}"
+            return Outcome(Exit.UNREACHABLE, "unreachable", last.said, self._fault_advice(last))
+        well = self._streak >= HEALTHY_STREAK or self._streak == report.probes
+        if well and self._runs():
+            return Outcome(
+                Exit.HEALTHY,
+                "healthy",
+                f"{self._count()}, each over a fresh connection, and the job is RUNNING",
+                "Start the training run; nothing else is needed.",
+            )
+        return self._unclear(last, well=well)
+
+    def _count(self) -> str:
+        report = self.report
+        if report.answered == report.probes > 1:
+            return f"all {report.probes} probes were answered by the pod in {report.seconds:.1f} s"
+        by_pod = f"{report.answered} of {report.probes} probes were answered by the pod"
+        return f"{by_pod} in {report.seconds:.1f} s"
+
+    def _wrong_key(self) -> Outcome:
+        who = "gateway" if self.report.denied else "control plane"
+        status = self._window[-1].said if self.report.denied else self.report.control_plane
+        also = (
+            ", although the gateway does" if self.report.answered and not self.report.denied else ""
+        )
+        said = f"the {who} does not accept this key for this job{also}: {status}"
+        advice = (
+            f"Check the key in {self._key_variable}, and whether the account in the URL is its own"
+        )
+        if who == "control plane":
+            advice += (
+                f"; if the control plane is not at {self._root}, set "
+                "TINKER_ROUTEFIX_CONTROL_PLANE_URL"
+            )
+        return Outcome(Exit.WRONG_KEY, "wrong key", said, f"{advice}.")
+
+    def _gone(self, last: Probe) -> Outcome:
+        report = self.report
+        said = f"the control plane says: {report.control_plane}"
+        if last.seen is Seen.ANSWERED:
+            said += ", although the route still answers"
+        known = report.control_plane.startswith("JOB_STATE_")
+        advice = (
+            "See why the job ended or sleeps, and resume from its last checkpoint on one that runs."
+            if known
+            else "Check the account and the job in the URL; a job that was deleted does not return."
+        )
+        return Outcome(Exit.GONE, "gone", said, advice)
+
+    def _racing(self) -> Outcome:
+        report = self.report
+        refused = (
+            f"{report.raced} of {report.probes} probes were refused while the job was RUNNING, "
+            f"over {report.race_seconds:.1f} s"
+        )
+        if self._streak:
+            last = "the last one was" if self._streak == 1 else f"the last {self._streak} were"
+            return Outcome(
+                Exit.RACING,
+                "racing",
+                f"{refused}; {last} answered",
+                "Keep tinker_routefix in the training run: without it, one such refusal ends it.",
+            )
+        return Outcome(
+            Exit.RACING,
+            "racing",
+            f"{refused}, and at the end still",
+            "Check again in a minute; if it stays like this, tell whoever runs the gateway: "
+            "tinker_routefix waits for a route, but only for two minutes.",
+        )
+
+    def _unclear(self, last: Probe, *, well: bool) -> Outcome:
+        report = self.report
+        routed = last.seen in (Seen.ANSWERED, Seen.REFUSED, Seen.NOT_READY)
+        if routed and self._answer.state is JobState.ON_ITS_WAY:
+            said = f"the job has not started: {report.control_plane}"
+            if last.seen is Seen.ANSWERED:
+                said += ", although its route answers"
+            advice = "Wait until it is RUNNING; with --watch this command shows how it starts."
+        elif well or last.seen in (Seen.REFUSED, Seen.NOT_READY):
+            said = (
+                f"{self._count()}, but whether the job runs could not be learnt from the control "
+                f"plane: {report.control_plane}"
+            )
+            advice = self._control_plane_advice()
+        elif last.said == report.route and report.other == report.probes:
+            said = f"the answer was {last.said}, {report.probes} times in {report.seconds:.1f} s"
+            advice = self._fault_advice(last)
+        else:
+            said = f"{self._count()}; the last ones: {report.route}"
+            advice = self._fault_advice(last)
+        return Outcome(Exit.UNCLEAR, "unclear", said, advice)
+
+    def _control_plane_advice(self) -> str:
+        said = self.report.control_plane
+        variable = "TINKER_ROUTEFIX_CONTROL_PLANE_URL"
+        if said.startswith("not asked"):
+            return f"Set {variable} to the https URL of the control plane."
+        if said.startswith(("no answer", "HTTP 5", "HTTP 408", "HTTP 429")):
+            directly = " It is asked directly, not through the proxy." if self._proxy else ""
+            return (
+                f"Check again in a minute; if the control plane is not at {self._root}, set "
+                f"{variable}.{directly}"
+            )
+        return f"Set {variable}: there seems to be no control plane at {self._root}."
+
+    def _fault_advice(self, last: Probe) -> str:
+        """What to do about an answer, or the lack of one, that is not the pod's."""
+        status = last.status or 0
+        if last.fault is Fault.PROXY:
+            return (
+                f"Correct the proxy in {self._proxy.variable}, or name the host in NO_PROXY."
+                if self._proxy
+                else "Something between here and the gateway wants a login: ask who runs it."
+            )
+        if last.fault is Fault.CERTIFICATE:
+            return (
+                "If your network has a certificate authority of its own, name its file in "
+                "SSL_CERT_FILE; otherwise check the host's name and this machine's clock."
+            )
+        if last.fault is Fault.SCHEME:
+            return "Check the host and the port: what listens there expects http, not https."
+        if last.fault is Fault.NAME:
+            return "Check the host in the URL, and whether this machine can resolve names."
+        if last.fault is Fault.NETWORK:
+            return (
+                "Check the host and the port in the URL, and whether this network may reach them."
+            )
+        if 300 <= status < 400:
+            return (
+                "Give the URL that the redirect leads to: it is not followed, because the key "
+                "would go along."
+            )
+        if status == httpx.codes.TOO_MANY_REQUESTS:
+            return "Try again later, with a lower --rate."
+        if status >= 500:
+            return (
+                "Check again in a minute, and tell whoever runs the gateway if it stays: tinker "
+                "repeats such a request by itself."
+            )
+        if last.seen is Seen.ANSWERED:
+            return "Check again, with more --seconds."
+        return "Check that the URL is that of a trainer job."
 
     def _name_cure(self) -> None:
         report = self.report
@@ -370,14 +542,7 @@ class Checker:
                 "the gateway answers 503 route_not_ready for a stale route, which the SDK repeats "
                 "by itself: this gateway does not need the shim"
             )
-        elif Cure.DISTINCT_CODE in self._cures:
-            report.cure = Cure.DISTINCT_CODE.value
-            report.cure_says = (
-                "the gateway tells a stale route from a job that is gone "
-                f"({self._cures[Cure.DISTINCT_CODE]}): an SDK that knows the code does not need "
-                "the shim"
-            )
-        elif self._was_on_its_way and not report.raced and self._streak >= ENOUGH:
+        elif report.start_seen and not report.raced and self._streak_running >= HEALTHY_STREAK:
             report.cure = LOOKUP_RETRIED
             report.cure_says = (
                 "no probe was refused once the job was seen RUNNING: as if the gateway retried "
@@ -442,7 +607,7 @@ def check(
     try:
         job = _job_of(url)
         key = _key_in(key_variable, os.environ)
-        checker = Checker(job, key, to, rate=rate, watch=watch)
+        checker = Checker(job, key, to, key_variable=key_variable, rate=rate, watch=watch)
     except (_UsageError, SettingError) as error:
         sys.stderr.write(f"tinker-routefix check: {error}\n")
         return Exit.USAGE
@@ -450,49 +615,63 @@ def check(
     if not isinstance(to, Json):
         how_long = "until Ctrl-C" if math.isinf(limit) else f"for {limit:g} s at most"
         to.line(f"Probing job {job} behind {job.gateway}, {rate:g} times a second, {how_long}")
-    interrupted = False
+    ended_by: Exit | None = None
     try:
-        asyncio.run(checker.run(limit))
+        asyncio.run(_until_terminated(checker.run(limit)))
     except KeyboardInterrupt:
-        interrupted = True
+        ended_by = Exit.INTERRUPTED
+    except asyncio.CancelledError:
+        ended_by = Exit.TERMINATED
     finally:
         to.close()
     report = checker.conclude()
-    report.interrupted = interrupted
-    if interrupted:
-        report.exit_code = Exit.INTERRUPTED
-        sys.stderr.write("interrupted\n")
+    if ended_by is not None:
+        report.interrupted, report.exit_code = True, ended_by
+        sys.stderr.write(f"{ended_by.name.lower()}\n")
     to.record(dataclasses.asdict(report))
     _say(report, to)
     return report.exit_code
 
 
+async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:
+    """Let SIGTERM end the work like Ctrl-C does, where there are signals and this may take them."""
+    task = asyncio.ensure_future(work)
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await task
+
+
 _VERDICT_MARKS: dict[str, Mark] = {"healthy": "good", "racing": "warn", "unclear": "warn"}
+_COUNTS = {
+    "answered": "by the pod",
+    "refused": "404 of the gateway",
+    "not_ready": "503 route_not_ready",
+    "denied": "401 or 403",
+    "other": "other answers",
+    "failed": "no answer",
+}
+"""What the counted probes got."""
 
 
 def _say(report: Report, to: Screen) -> None:
     mark = _VERDICT_MARKS.get(report.verdict, "bad")
-    to.table(
-        "What was seen",
-        [
-            Row(("control plane", report.control_plane)),
-            Row(("route", report.route)),
-            *(
-                Row((name.replace("_", " "), str(count)))
-                for name in (
-                    "probes",
-                    "answered",
-                    "refused",
-                    "not_ready",
-                    "denied",
-                    "failed",
-                    "other",
-                )
-                if (count := getattr(report, name)) or name == "probes"
-            ),
-            Row(("slowest answer", f"{report.slowest:.2f} s")),
-        ],
-    )
-    to.line(f"\n{report.verdict}: {report.said}", mark)
+    rows = [
+        Row(("control plane", report.control_plane)),
+        Row(("route", report.route)),
+        Row(("probes", str(report.probes))),
+        *(
+            Row((f"  {name}", str(count)))
+            for field, name in _COUNTS.items()
+            if (count := getattr(report, field))
+        ),
+    ]
+    if report.slowest is not None:
+        rows.append(Row(("slowest answer", f"{report.slowest:.2f} s")))
+    if report.proxy is not None:
+        rows.append(Row(("proxy", report.proxy)))
+    to.table("What was seen", rows)
+    to.line("")
+    to.line(f"{report.verdict}: {report.said}", mark)
+    to.line(f"Next: {report.advice}")
     if report.cure_says is not None:
-        to.line(f"cure seen: {report.cure_says}", "good")
+        to.line(f"The gateway has changed: {report.cure_says}", "good")

@@ -10,22 +10,26 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
     from rich.status import Status
 
-Mark = Literal["good", "warn", "bad", "dim", ""]
+Mark = Literal["good", "warn", "bad", "dim", "title", ""]
 
 _STYLES: dict[Mark, str] = {
     "good": "green",
     "warn": "yellow",
     "bad": "bold red",
     "dim": "dim",
+    "title": "bold",
     "": "",
 }
 
@@ -57,6 +61,35 @@ class Screen(Protocol):
         """End what is going on."""
 
 
+def _wrapped(text: str, width: int | None, indent: str = "") -> list[str]:
+    """Lines that fit a terminal; a word that does not fit is not cut: it has to be copied."""
+    if width is None or len(indent) + len(text) <= width:
+        return [indent + text]
+    return textwrap.wrap(
+        text,
+        max(width, 20),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _laid_out(rows: Sequence[Row], width: int | None) -> Iterator[tuple[str, Mark]]:
+    """The lines of a table: in columns, and what is too long for that below its name."""
+    widths = [max(map(len, column)) for column in zip(*(row.cells for row in rows), strict=True)]
+    for row in rows:
+        cells = (cell.ljust(size) for cell, size in zip(row.cells, widths, strict=True))
+        line = f"  {'  '.join(cells)}".rstrip()
+        if width is None or len(line) <= width:
+            yield line, row.mark
+            continue
+        name, *more = row.cells
+        yield f"  {name}", row.mark
+        for line in _wrapped("  ".join(filter(None, more)), width, "      "):
+            yield line, row.mark
+
+
 class Plain:
     """Text for files, pipes and terminals without rich."""
 
@@ -64,25 +97,32 @@ class Plain:
         self._shown = 0
 
     def line(self, text: str, mark: Mark = "") -> None:
-        """Write a line."""
-        del mark
+        """Write a text, wrapped where a terminal shows it."""
         self.close()
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        for line in _wrapped(text, self._width()):
+            self._write(line, mark)
 
     def table(self, title: str, rows: Sequence[Row]) -> None:
-        """Write a title, and the rows in columns below it."""
-        widths = [
-            max(map(len, column)) for column in zip(*(row.cells for row in rows), strict=True)
-        ]
-        self.line(f"\n{title}")
-        for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row.cells, widths, strict=True))
-            self.line(f"  {'  '.join(cells)}".rstrip())
+        """Write a title, and the rows below it."""
+        self.close()
+        self._write("", "")
+        self._write(title, "title")
+        for line, mark in _laid_out(rows, self._width()):
+            self._write(line, mark)
+
+    def _width(self) -> int | None:
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+    def _write(self, line: str, mark: Mark) -> None:
+        del mark
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
 
     def progress(self, text: str) -> None:
         """Rewrite one line of the terminal; a file gets none of it."""
         if sys.stderr.isatty():
+            # Longer than a line it could not be rewritten.
+            text = text[: shutil.get_terminal_size().columns - 1]
             sys.stderr.write(f"\r{text.ljust(self._shown)}")
             sys.stderr.flush()
             self._shown = len(text)
@@ -98,32 +138,27 @@ class Plain:
             self._shown = 0
 
 
-class Rich:
-    """A terminal, where rich is installed."""
+class Rich(Plain):
+    """The same in colour, where rich is installed."""
 
     def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
         # Not at the top: the base install has no rich.
         if console is None:
             console = importlib.import_module("rich.console").Console(highlight=False)
         self._console = console
         self._status: Status | None = None
 
-    def line(self, text: str, mark: Mark = "") -> None:
-        """Print a line."""
-        self._console.print(text, style=_STYLES[mark] or None, markup=False, soft_wrap=True)
+    def _width(self) -> int | None:
+        return self._console.width if self._console.file.isatty() else None
 
-    def table(self, title: str, rows: Sequence[Row]) -> None:
-        """Print a table."""
-        table = importlib.import_module("rich.table").Table(
-            title=title, title_justify="left", title_style="bold", show_header=False
-        )
-        text = importlib.import_module("rich.text").Text
-        for row in rows:
-            table.add_row(*map(text, row.cells), style=_STYLES[row.mark] or None)
-        self._console.print(table)
+    def _write(self, line: str, mark: Mark) -> None:
+        self._console.print(line, style=_STYLES[mark] or None, markup=False, soft_wrap=True)
 
     def progress(self, text: str) -> None:
-        """Show a spinner with a text."""
+        """Show a spinner with a text, where there is a terminal to draw it on."""
+        if not self._console.file.isatty():
+            return
         text = importlib.import_module("rich.markup").escape(text)
         if self._status is None:
             # Drawn with ASCII: what stands here has to fit any encoding.
@@ -131,9 +166,6 @@ class Rich:
             self._status.start()
         else:
             self._status.update(text)
-
-    def record(self, document: dict[str, Any]) -> None:
-        """Say nothing."""
 
     def close(self) -> None:
         """Stop the spinner."""
@@ -170,7 +202,8 @@ def screen(*, as_json: bool, one_a_line: bool = False) -> Screen:
     """What fits where the output goes to."""
     if as_json:
         return Json(one_a_line=one_a_line)
-    if sys.stdout.isatty():
+    # A CI that shows colours has no terminal, and says so by this variable.
+    if sys.stdout.isatty() or os.environ.get("FORCE_COLOR"):
         with contextlib.suppress(ImportError):
             return Rich()
     return Plain()

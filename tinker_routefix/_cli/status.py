@@ -1,4 +1,8 @@
-"""``tinker-routefix status``: whether the shim would help a program of this environment."""
+"""``tinker-routefix status``: whether the shim would help a program of this environment.
+
+It patches its own process to find out, and says nothing about any other: a reader who takes
+"this command is patched" for "my training is patched" finds out when the training has failed.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,7 @@ def show(*, as_json: bool, to: Screen | None = None) -> int:
     sdks = tuple(_with_what_was_found(sdk, found) for sdk in now.sdks)
     now = dataclasses.replace(now, sdks=sdks)
     if enabled and not now.active and not any(sdk.state in _PRESENT for sdk in sdks):
-        now = dataclasses.replace(now, reason="there is no SDK here that it patches")
+        now = dataclasses.replace(now, reason="no supported SDK found")
     to.record(_document(now))
     _say(now, to)
     return ACTIVE if now.active else CANNOT_HELP if enabled else OFF
@@ -85,6 +89,7 @@ def _with_what_was_found(sdk: SdkStatus, found: dict[str, tuple[str, str | None]
 def _document(now: Status) -> dict[str, Any]:
     return {
         **dataclasses.asdict(now),
+        "process": "tinker-routefix status",
         "last_intervention": now.last_intervention,
         "python": platform.python_version(),
         "at": time.time(),
@@ -92,28 +97,51 @@ def _document(now: Status) -> dict[str, Any]:
 
 
 def _say(now: Status, to: Screen) -> None:
-    state = "active" if now.active else "NOT active"
-    to.line(
-        f"tinker_routefix {now.version} is {state}: {now.reason}", "good" if now.active else "bad"
-    )
-    to.table("SDKs", [_sdk(sdk) for sdk in now.sdks])
+    if now.active:
+        # One distribution can have two parts that are patched.
+        sdks = dict.fromkeys(_release(sdk) for sdk in now.sdks if sdk.state == "patched")
+        can = " and ".join(sdks)
+        to.line(f"tinker_routefix {now.version} can patch {can} in this environment", "good")
+    else:
+        to.line(f"tinker_routefix {now.version} patches NOTHING here: {now.reason}", "bad")
+    to.line(_WHOM)
+    to.table("SDKs in this environment", [_sdk(sdk) for sdk in now.sdks])
     here = {sdk.name for sdk in now.sdks if sdk.state not in _NOT_HERE}
-    seams = [
-        Row((seam.name, seam.state), "good" if seam.state.startswith("ours") else "dim")
+    functions = [
+        Row(
+            (seam.name, _STANDING.get(seam.state, seam.state)),
+            "good" if seam.state.startswith("ours") else "dim",
+        )
         for seam, (sdk, _, _) in zip(now.seams, _seams.states(), strict=True)
         if sdk.name in here
     ]
-    if seams:
-        to.table("Seams", seams)
+    if functions:
+        to.table("Functions, as they are in this command", functions)
     to.table("Settings", list(_settings_rows(now)))
-    to.table("Activation", list(_activation(now.autoload)))
+    to.table("How a program gets the shim", list(_activation(now.autoload)))
+
+
+_WHOM = (
+    "This command looked at itself. It says nothing about a training run that is under way: only "
+    "a program that gets the shim in one of the ways below is patched, and only there does "
+    "print(tinker_routefix.status()) tell."
+)
+_STANDING = {
+    "ours": "patched",
+    "ours, under another wrapper": "patched, and wrapped by another package",
+    "original": "not patched",
+}
 
 
 def _sdk(sdk: SdkStatus) -> Row:
-    said = sdk.state if sdk.detail is None else f"{sdk.state}: {sdk.detail}"
-    release = f"{sdk.distribution} {sdk.release or ''}".rstrip()
+    state = "can be patched" if sdk.state == "patched" else sdk.state
+    said = state if sdk.detail is None else f"{state}: {sdk.detail}"
     mark: Mark = "good" if sdk.state == "patched" else "dim" if sdk.state in _NOT_HERE else "warn"
-    return Row((sdk.name, release, said), mark)
+    return Row((sdk.name, _release(sdk), said), mark)
+
+
+def _release(sdk: SdkStatus) -> str:
+    return f"{sdk.distribution} {sdk.release or ''}".rstrip()
 
 
 def _settings_rows(now: Status) -> Iterator[Row]:
@@ -128,14 +156,20 @@ def _settings_rows(now: Status) -> Iterator[Row]:
 
 
 def _activation(autoload: AutoloadStatus) -> Iterator[Row]:
-    yield Row(("import tinker_routefix", "always works"))
+    yield Row(("import tinker_routefix", "in the program, before its first client"))
+    yield Row(("tinker-routefix run", "starts a program with it"))
     wanted = autoload.requested == "on"
-    yield Row((AUTOLOAD, autoload.requested), "warn" if wanted and not autoload.in_force else "")
-    yield Row(
-        ("its startup file", autoload.file or "not in place: reinstall, or use the import"),
-        "" if autoload.file else "warn",
-    )
-    if autoload.in_force:
-        yield Row(("in this process", "loaded at start, by the startup file"), "good")
+    if autoload.file is None:
+        said = "does nothing: its startup file is not in place, reinstall"
+    elif wanted:
+        said = "set: programs started from here load it"
+    elif autoload.requested == "unset":
+        said = "not set; with 1, programs started from here load it"
     else:
-        yield Row(("in this process", "imported, by this command"))
+        said = autoload.requested
+    missing = wanted and autoload.file is None
+    yield Row((AUTOLOAD, said), "warn" if missing or autoload.requested == "refused" else "")
+    if autoload.file is not None:
+        yield Row(("its startup file", autoload.file))
+    how = "by the startup file" if autoload.in_force else "imported"
+    yield Row(("in this command", how), "good" if autoload.in_force else "")
