@@ -14,20 +14,16 @@ from typing import Any
 
 import click
 
-from benchmarks import contenders, healthy, leaks, plots, recovery, scale, stampede, suite
+from benchmarks import healthy, labs, recovery, stampede, suite
 from benchmarks.figures import EXACT, FIGURES, Target, targets
 
 BENCHMARKS: dict[str, suite.Benchmark] = {
     "healthy": healthy,
     "recovery": recovery,
-    "leaks": leaks,
     "stampede": stampede,
-    "scale": scale,
 }
 
 _HERE = Path(__file__).parent
-_DIGITS = 4
-_TOGETHER = "RESULTS.md"
 
 
 def _facts() -> dict[str, Any]:
@@ -45,11 +41,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
 def _made(results: dict[str, Any]) -> str:
@@ -62,7 +54,7 @@ def _made(results: dict[str, Any]) -> str:
 
 
 def _write(out: Path) -> list[Target]:
-    """Write the reports and plots of all results that are there; returns all targets."""
+    """Write the reports of all results that are there; returns all targets."""
     everything: list[Target] = []
     sections = []
     operations = runs = 0
@@ -72,90 +64,82 @@ def _write(out: Path) -> list[Target]:
             continue
         results = json.loads(path.read_text(encoding="utf-8"))
         measured = results["measured"]
-        section = benchmark.report(measured)
-        plots.save(benchmark.draw(measured), out / f"{name}.svg")
-        body = (
-            f"{_made(results)}\n{section.text}\n"
-            f"![{benchmark.TITLE}]({name}.svg)\n\nFigures to reach:\n\n"
-            f"{targets(section.targets)}"
+        text, reached = benchmark.report(measured)
+        (out / f"{name}.md").write_text(
+            f"# {benchmark.TITLE}\n\n{_made(results)}\n{text}\nFigures to reach:\n\n"
+            f"{targets(reached)}",
+            encoding="utf-8",
         )
-        (out / f"{name}.md").write_text(f"# {benchmark.TITLE}\n\n{body}", encoding="utf-8")
         sections.append(f"- [{benchmark.TITLE}]({out.name}/{name}.md): {_made(results)}")
-        everything += section.targets
-        shims = [
-            row
-            for rows in measured.values()
-            for row in rows
-            if row.get("contender") == contenders.SHIM and "twice" in row
-        ]
+        everything += reached
+        shims = suite.of(measured["runs"], contender=suite.SHIM)
         operations += suite.wrong(shims)
         runs += len(shims)
-    everything.insert(
-        0,
-        Target(
-            EXACT,
-            "all benchmarks",
-            f"{operations} in {runs:,} runs",
-            operations == 0,
-        ),
-    )
-    text = (
+    exact = Target(EXACT, "all runs", f"{operations} in {runs:,} runs", operations == 0)
+    everything.insert(0, exact)
+    (out.parent / "RESULTS.md").write_text(
         "# Results\n\n"
         "Written by the benchmarks; what they do, and what is to be said of the figures that were\n"
         "not reached, is in [README.md](README.md).\n\n"
-        f"{targets(everything)}\n" + "\n".join(sections) + "\n"
+        f"{targets(everything)}\n" + "\n".join(sections) + "\n",
+        encoding="utf-8",
     )
-    (out.parent / _TOGETHER).write_text(text, encoding="utf-8")
     return everything
+
+
+def _keep(results: dict[str, Any], path: Path) -> None:
+    """Write results: a line for each run, which is readable, and a diff says which."""
+    measured = {kind: map(json.dumps, _rounded(rows)) for kind, rows in results["measured"].items()}
+    kinds = [
+        f'  "{kind}": [\n   ' + ",\n   ".join(rows) + "\n  ]" for kind, rows in measured.items()
+    ]
+    about = json.dumps({**results, "measured": None}, indent=1)
+    text = about.replace('"measured": null', '"measured": {\n' + ",\n".join(kinds) + "\n }")
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @click.command(context_settings={"max_content_width": 100})
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)))
+@click.option(
+    "--wire", type=click.Choice(list(labs.WIRES)), default=labs.PYQWEST, help="To the lab."
+)
 @click.option("--repeat", type=click.IntRange(1), help="How often; each has its own default.")
 @click.option("--quick", is_flag=True, help="Two minutes, to see that all of it works.")
-@click.option("--redraw", is_flag=True, help="Only write reports and plots anew.")
+@click.option("--redraw", is_flag=True, help="Only write reports anew.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=_HERE / "results",
-    help="Where to write; default: benchmarks/results.",
+    help="Where to write; default: benchmarks/results, RESULTS.md beside it.",
 )
-def main(names: tuple[str, ...], repeat: int | None, quick: bool, redraw: bool, out: Path) -> None:
-    """Run benchmarks (default: all) and write their results, tables and plots."""
+def main(
+    names: tuple[str, ...], wire: str, repeat: int | None, quick: bool, redraw: bool, out: Path
+) -> None:
+    """Run benchmarks (default: all) and write their results and tables."""
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
 
     def say(what: str) -> None:
         click.echo(f"{time.monotonic() - began:6.0f} s  {what}", err=True)
 
+    command = [
+        "python -m benchmarks",
+        *names,
+        *([f"--wire {wire}"] if wire != labs.PYQWEST else []),
+    ]
+    command += [f"--repeat {repeat}"] * bool(repeat) + ["--quick"] * quick
     for name in () if redraw else names or BENCHMARKS:
-        # A fresh one for each, so that none has to do with what another left in it.
-        with contenders.stage() as stage:
+        # A fresh stage for each, so that none has to do with what another left on it.
+        with suite.stage(wire, repeat=repeat, quick=quick, say=say) as stage:
             since = time.monotonic()
-            measured = BENCHMARKS[name].measure(stage, suite.Plan(repeat, quick), say)
+            measured = BENCHMARKS[name].measure(stage)
         results = {
-            "command": " ".join(
-                [
-                    "python -m benchmarks",
-                    *names,
-                    *([f"--repeat {repeat}"] if repeat else []),
-                    *(["--quick"] if quick else []),
-                ]
-            ),
+            "command": " ".join(command),
             "facts": _facts(),
             "seconds": round(time.monotonic() - since),
             "measured": measured,
         }
-        # A line for each run: readable, and a diff says which.
-        lines = json.dumps({**_rounded(results), "measured": None}, indent=1)
-        rows = ",\n".join(
-            f'  "{kind}": [\n'
-            + ",\n".join(f"   {json.dumps(_rounded(row))}" for row in rows)
-            + "\n  ]"
-            for kind, rows in measured.items()
-        )
-        text = lines.replace('"measured": null', f'"measured": {{\n{rows}\n }}')
-        (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        _keep(results, out / f"{name}.json")
     for target in _write(out):
         verdict = "reached" if target.reached else "NOT"
         click.echo(

@@ -7,23 +7,11 @@ import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
 NOTHING = "n/a"
 WRONG = "operations wrong"
 """Executed twice, lost or out of order, and numbers that were skipped."""
-
-
-class Target(NamedTuple):
-    """A figure to reach, and what was measured."""
-
-    what: str
-    """One of :data:`FIGURES`."""
-    where: str
-    measured: str
-    reached: bool
-    note: str = ""
-
 
 EXACT = "operations executed twice, lost or out of order"
 REQUEST = "per request on a healthy route, against plain tinker"
@@ -34,7 +22,6 @@ OVERSHOOT = "overshoot, median / worst, outages up to 10 s"
 QUESTIONS = "control-plane questions per job and second"
 PROBES = "probes per job and second after the first second"
 GAP = "longest gap in a 10 ms ticker on tinker's loop, beyond plain tinker's"
-FLAT = "memory, tasks and waiters over a simulated day"
 
 FIGURES = {
     EXACT: "0",
@@ -46,9 +33,19 @@ FIGURES = {
     QUESTIONS: "1",
     PROBES: "2",
     GAP: "15 ms",
-    FLAT: "flat",
 }
 """What is to be reached, at most, in the order in which it is shown."""
+
+
+class Target(NamedTuple):
+    """A figure to reach, and what was measured."""
+
+    what: str
+    """One of :data:`FIGURES`."""
+    where: str
+    measured: str
+    reached: bool
+    note: str = ""
 
 
 def targets(reached: Iterable[Target]) -> str:
@@ -69,13 +66,13 @@ def targets(reached: Iterable[Target]) -> str:
     return table(columns, rows, numbers=False)
 
 
-def asked(where: str, rows: Sequence[dict[str, Any]], note: str = "") -> list[Target]:
+def asked(where: str, rows: Sequence[dict[str, Any]]) -> list[Target]:
     """The targets for what the shim sends of its own while it waits."""
     questions = max((row["questions_a_second"] for row in rows), default=0)
     probes = max((row["probes_a_second"] for row in rows), default=0)
     return [
         Target(QUESTIONS, where, str(questions), questions <= 1),
-        Target(PROBES, where, str(probes), probes <= 2, note),
+        Target(PROBES, where, str(probes), probes <= 2),
     ]
 
 
@@ -100,10 +97,8 @@ def spread(values: Iterable[float | None], digits: int = 1) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def number(value: float | None, digits: int = 1) -> str:
+def number(value: float, digits: int = 1) -> str:
     """A number as it is shown."""
-    if value is None:
-        return NOTHING
     # No minus in front of a zero.
     return f"{round(value, digits) + 0.0:,.{digits}f}"
 
@@ -114,12 +109,10 @@ def share(values: Iterable[object]) -> str:
     return f"{sum(there)} of {len(there)}" if there else NOTHING
 
 
-def interval(
-    values: Sequence[float], of: Callable[[Sequence[float]], float] = statistics.median
-) -> tuple[float, float]:
-    """Where a statistic lies with 95 %, by a bootstrap."""
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median lies with 95 %, by a bootstrap."""
     chance = lot(0)
-    drawn = sorted(of(chance.choices(values, k=len(values))) for _ in range(2000))
+    drawn = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(2000))
     return drawn[50], drawn[-51]
 
 

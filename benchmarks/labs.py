@@ -1,8 +1,8 @@
-"""Labs in a process of their own.
+"""Labs in a process of their own, and the wire on which contenders reach them.
 
 What the gateway, the control plane and the trainer cost must not be counted as the client's,
 and their event loop must not take turns with tinker's for one interpreter lock. A contender
-opens its labs from its own process, and reads what happened when its run is over.
+opens its lab from its own process, and reads what happened when its run is over.
 
 Moments are ``time.monotonic()``, which all processes of a machine share.
 """
@@ -16,25 +16,24 @@ from multiprocessing.managers import BaseManager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
 ADDRESS = "BENCHMARKS_LABS"
 """Where the process with the labs listens: host, port and key."""
 
+PYQWEST = "pyqwest"
+WIRES: Mapping[str, Mapping[str, Any]] = {
+    PYQWEST: {"config": {"use_pyqwest_transport": True}},
+    "httpx": {"config": {"use_pyqwest_transport": False}},
+}
+"""The ways to a lab, by what has to be set for the lab.
+
+The first is the default of tinker 0.22 and later. One over TLS and through a proxy that delays
+would be an entry here, and what :class:`Lab` makes of it: programs and reports take any wire.
+"""
+
 SUBMISSIONS = frozenset({"forward", "forward_backward", "optim_step", "save", "load"})
 POLLS = frozenset({"poll", "polls"})
-CONNECTING = frozenset(
-    {
-        "config",
-        "dynamic_config",
-        "create_session",
-        "create_model",
-        "poll:create_model",
-        "heartbeat",
-        "telemetry",
-        "healthz",
-    }
-)
 PROBES = frozenset({"get_info", "capabilities"})
 """What the shim's own requests through the route ask for; the programs here ask neither."""
 
@@ -45,15 +44,12 @@ class Seen(NamedTuple):
     at: float
     done: float
     kind: str
-    subject: str | None
-    status: int | None
     refused: bool
-    replica: int | None
     connection: int
 
 
 class Account(NamedTuple):
-    """What the trainer of a job carried out."""
+    """What the trainer carried out."""
 
     gradients: int
     updates: int
@@ -66,88 +62,41 @@ class Account(NamedTuple):
 class Lab:
     """A lab, held in the other process; its methods take and return plain data."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, wire: str, **settings: Any) -> None:
         from tinker_routefix import lab
 
-        self._faults = lab.Fault
-        self._answer = lab.Answer
+        self._module = lab
         self._holding = False
-        self._healed: dict[str, float] = {}
         self._began = time.monotonic()
-        self._lab = lab.Lab(**settings).start()
+        self._lab = lab.Lab(**WIRES[wire], **settings).start()
 
     def close(self) -> None:
         """Stop the server."""
         self._lab.stop()
 
-    def url(self, job: str | None = None) -> str:
-        """The base URL of a job, whose trainer is started when there is none."""
-        return self._lab.base_url if job is None else self._lab.job_url(job)
+    def url(self) -> str:
+        """The base URL of the job."""
+        return self._lab.base_url
 
-    def lose(
-        self,
-        seconds: float,
-        *,
-        kinds: Collection[str] | None = None,
-        excluding: Collection[str] = (),
-        replica: int | None = None,
-        job: str | None = None,
-    ) -> float:
+    def lose(self, seconds: float, kinds: Collection[str] | None = None) -> float:
         """Let the gateway lose the route from now on; returns the moment when it has healed."""
-        self._lab.fault(
-            self._faults(
-                kinds=kinds, excluding=excluding, replica=replica, job=job, seconds=seconds
-            )
-        )
+        self._lab.fault(self._module.Fault(kinds=kinds, seconds=seconds))
         return time.monotonic() + seconds
-
-    def lose_replicas(
-        self, seconds: float, replicas: Collection[int], job: str, *, after_model: bool
-    ) -> None:
-        """Let some replicas lose the route to a job, for all but what connecting sends.
-
-        Args:
-            seconds: For how long.
-            replicas: Which.
-            job: Whose route.
-            after_model: From the job's first create_model on, instead of from now on.
-        """
-
-        def lose(_: object = None) -> bool:
-            if job not in self._healed:
-                for replica in replicas:
-                    self._healed[job] = self.lose(
-                        seconds, excluding=CONNECTING, replica=replica, job=job
-                    )
-            return False
-
-        if after_model:
-            self._lab.fault(self._faults(kinds={"create_model"}, job=job, when=lose))
-        else:
-            lose()
-
-    def healed(self, job: str) -> float:
-        """When the replicas had all found the route again."""
-        return self._healed[job]
 
     def far_away(self, seconds: float) -> None:
         """Let every request take so much longer, as a distant gateway does."""
-        self._lab.fault(self._faults(answer=None, delay=seconds))
-
-    def work(self, seconds: float) -> None:
-        """How long an operation takes that is submitted from now on."""
-        self._lab.work_seconds = seconds
+        self._lab.fault(self._module.Fault(answer=None, delay=seconds))
 
     def hold(self, seconds: float) -> None:
         """Let every poll wait so long in vain, until :meth:`hand_out`."""
         self._holding = True
         again = {"type": "try_again", "request_id": "held", "queue_state": "active"}
         self._lab.fault(
-            self._faults(
+            self._module.Fault(
                 kinds=POLLS,
                 at="pod",
                 delay=seconds,
-                answer=self._answer(408, again),
+                answer=self._module.Answer(408, again),
                 when=lambda _: self._holding,
             )
         )
@@ -156,34 +105,30 @@ class Lab:
         """Let polls have their results from now on."""
         self._holding = False
 
-    def accepted(self, kind: str, job: str | None = None) -> int:
+    def accepted(self, kind: str) -> int:
         """How many operations of a kind the trainer has taken."""
-        return self._lab.ledger_of(job or self._lab.job).count(kind)
+        return self._lab.ledger.count(kind)
 
     def count(self) -> int:
         """How many requests have come, of whatever kind."""
         return len(self._lab.exchanges)
 
-    def seen(self, job: str | None = None) -> list[Seen]:
-        """Every request, of one job or of all."""
+    def seen(self) -> list[Seen]:
+        """Every request."""
         return [
             Seen(
                 self._began + one.at,
                 self._began + one.at + one.seconds,
                 one.kind,
-                one.subject,
-                one.status,
                 one.refused,
-                one.replica,
                 one.connection,
             )
             for one in self._lab.exchanges
-            if job in (None, one.job)
         ]
 
-    def account(self, job: str | None = None) -> Account:
-        """What a trainer carried out."""
-        ledger = self._lab.ledger_of(job or self._lab.job)
+    def account(self) -> Account:
+        """What the trainer carried out."""
+        ledger = self._lab.ledger
         return Account(
             ledger.gradients,
             ledger.optim_steps,
@@ -219,12 +164,12 @@ def _prepare() -> None:
 
 
 @contextlib.contextmanager
-def opened(**settings: Any) -> Iterator[Lab]:
+def opened(wire: str, **settings: Any) -> Iterator[Lab]:
     """A lab of one's own in the process that :func:`serving` started."""
     host, port, key = os.environ[ADDRESS].split()
     manager = _Manager((host, int(port)), authkey=bytes.fromhex(key))
     manager.connect()
-    lab: Lab = cast("Any", manager).Lab(**settings)
+    lab: Lab = cast("Any", manager).Lab(wire, **settings)
     try:
         yield lab
     finally:

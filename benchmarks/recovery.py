@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks import figures, plots, suite
-from benchmarks.contenders import COLOURS, CONTENDERS, PLAIN, SHIM
-from benchmarks.figures import Target, number, share, spread, table
+from benchmarks import figures, suite
+from benchmarks.figures import Target, median, number, share, spread, table
+from benchmarks.suite import CONTENDERS, PLAIN, SHIM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from matplotlib.figure import Figure
-
-    from benchmarks.contenders import Stage
-    from benchmarks.suite import Plan, Rows, Section
+    from benchmarks.suite import Rows, Stage
 
 TITLE = "Recovery"
 
@@ -38,20 +33,20 @@ order, and numbers that were skipped, of all runs together.
 {tables}"""
 
 
-def measure(stage: Stage, plan: Plan, say: Callable[[str], None]) -> dict[str, Rows]:
+def measure(stage: Stage) -> dict[str, Rows]:
     """Runs of all contenders, several at a time: they mostly wait."""
     runs = [
         suite.Run("recovery", contender, {"outage": outage, "on": on, "seed": seed})
         for contender in CONTENDERS
-        for outage in (OUTAGES[1:3] if plan.quick else OUTAGES)
+        for outage in (OUTAGES[1:3] if stage.quick else OUTAGES)
         for on in ON
         # The strategies' waits are long, and their figures need no second digit.
-        for seed in range(plan.repeats(4 if contender in (PLAIN, SHIM) else 2))
+        for seed in range(stage.repeats(4 if contender in (PLAIN, SHIM) else 2))
     ]
-    return {"runs": list(suite.run(stage, runs, say, at_once=8))}
+    return {"runs": stage.run(runs, at_once=8)}
 
 
-def report(measured: dict[str, Rows]) -> Section:
+def report(measured: dict[str, Rows]) -> tuple[str, list[Target]]:
     """What came out, with tables."""
     runs = measured["runs"]
     outages = sorted({row["outage"] for row in runs})
@@ -84,11 +79,11 @@ def report(measured: dict[str, Rows]) -> Section:
         tables += [f"Overshoot in seconds, {what}:", "", table(columns, rows)]
     shims = [row for row in suite.of(runs, contender=SHIM) if row["outage"] <= LONGEST]
     overshoots = [row["overshoot"] for row in shims if row["overshoot"] is not None]
-    middle = _quantile(overshoots, 0.5)
+    middle = median(overshoots) or 0.0
     worst = max(overshoots, default=0.0)
     alive = all(row.get("survived") for row in runs if row["contender"] == SHIM)
     text = _TEXT.format(tables="\n".join(tables))
-    return suite.Section(
+    return (
         text,
         [
             Target(
@@ -116,37 +111,3 @@ def report(measured: dict[str, Rows]) -> Section:
             *figures.asked("one program", suite.of(runs, contender=SHIM)),
         ],
     )
-
-
-def _quantile(values: list[float], part: float) -> float:
-    ordered = sorted(values)
-    return ordered[int(part * (len(ordered) - 1))] if ordered else 0.0
-
-
-def draw(measured: dict[str, Rows]) -> Figure:
-    """A plot of it."""
-    figure, panels = plots.axes(1, 3, height=3.8, sharey=True)
-    outages = sorted({row["outage"] for row in measured["runs"]})
-    for panel, (on, what) in zip(panels, ON.items(), strict=True):
-        for shift, contender in enumerate(CONTENDERS):
-            rows = suite.of(measured["runs"], contender=contender, on=on)
-            dots = [row for row in rows if row["overshoot"] is not None]
-            places = [outages.index(row["outage"]) + (shift - 2) * 0.16 for row in dots]
-            values = [max(row["overshoot"], 0.01) for row in dots]
-            lived = sum(bool(row["survived"]) for row in rows)
-            panel.scatter(
-                places,
-                values,
-                s=12,
-                alpha=0.7,
-                color=COLOURS[contender],
-                label=f"{contender}: {lived} of {len(rows)} survived",
-            )
-        panel.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-        panel.axhline(2, color="black", linewidth=0.8, linestyle="--")
-        panel.set(title=what.capitalize(), xlabel="outage, s", yscale="log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_xticks(range(len(outages)), [f"{outage:g}" for outage in outages])
-        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), handletextpad=0.1)
-    panels[0].set_ylabel("overshoot, s (dotted 0.5, dashed 2)")
-    return figure

@@ -1,10 +1,16 @@
-"""What a benchmark is: it measures, and it reports what it has measured."""
+"""What a benchmark is: it runs contenders, each in a fresh interpreter, and reports."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from benchmarks.figures import lot
@@ -12,30 +18,17 @@ from benchmarks.figures import lot
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from matplotlib.figure import Figure
-
-    from benchmarks.contenders import Stage
     from benchmarks.figures import Target
+
+PLAIN = "plain"
+STRATEGY_A = "strategy A"
+STRATEGY_B = "strategy B"
+SHIM = "tinker_routefix"
+CONTENDERS = (PLAIN, STRATEGY_A, STRATEGY_B, SHIM)
 
 Rows = list[dict[str, Any]]
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How much to measure."""
-
-    repeat: int | None = None
-    """How often each measurement is repeated; None: as often as the benchmark finds right."""
-    quick: bool = False
-    """Just enough to see that everything works."""
-
-    def repeats(self, usual: int) -> int:
-        """How often to repeat what is usually repeated so often."""
-        return self.repeat or (1 if self.quick else usual)
-
-    def at_once(self) -> int:
-        """How many runs at a time, of those that should run alone."""
-        return 4 if self.quick else 1
+_ROOT = Path(__file__).parents[1]
 
 
 class Run(NamedTuple):
@@ -44,16 +37,6 @@ class Run(NamedTuple):
     program: str
     contender: str
     about: dict[str, Any]
-    seconds: float = 180.0
-    """After so long it hangs."""
-
-
-class Section(NamedTuple):
-    """What a benchmark has to say."""
-
-    text: str
-    """Markdown."""
-    targets: list[Target]
 
 
 class Benchmark(Protocol):
@@ -61,40 +44,103 @@ class Benchmark(Protocol):
 
     TITLE: str
 
-    def measure(self, stage: Stage, plan: Plan, say: Callable[[str], None]) -> dict[str, Rows]:
+    def measure(self, stage: Stage) -> dict[str, Rows]:
         """Measure; every row is what one run handed in, under a name for its kind."""
 
-    def report(self, measured: dict[str, Rows]) -> Section:
-        """What came out, with tables."""
-
-    def draw(self, measured: dict[str, Rows]) -> Figure:
-        """A plot of it."""
+    def report(self, measured: dict[str, Rows]) -> tuple[str, list[Target]]:
+        """What came out, as Markdown with tables, and the figures to reach."""
 
 
-def run(
-    stage: Stage, runs: Iterable[Run], say: Callable[[str], None], *, at_once: int = 1
-) -> Iterator[dict[str, Any]]:
-    """Run programs, so many at a time, and yield what they hand in as it comes.
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Where the contenders' processes run, and how much is measured."""
 
-    Those that only wait can run at once; what is measured in microseconds runs alone.
-    """
-    numbered = list(runs)
-    done = itertools.count(1)
+    wire: str
+    repeat: int | None
+    """How often each measurement is repeated; None: as often as the benchmark finds right."""
+    quick: bool
+    """Just enough to see that everything works."""
+    say: Callable[[str], None]
+    labs: dict[str, str]
+    """What contenders have to have in their environment."""
 
-    def one(run: Run) -> dict[str, Any]:
-        said = stage.run(run.program, run.contender, seconds=run.seconds, **run.about)
-        outcome = {"hung": True} if said is None else said
-        about = " ".join(f"{name}={value}" for name, value in run.about.items())
-        say(f"{next(done)}/{len(numbered)} {run.program} {run.contender} {about}"[:110])
-        return {"contender": run.contender, **run.about, **outcome}
+    def repeats(self, usual: int) -> int:
+        """How often to repeat what is usually repeated so often."""
+        return self.repeat or (1 if self.quick else usual)
 
-    if at_once == 1:
-        yield from map(one, numbered)
-        return
-    # Mixed, so that the load of the machine is the same for all contenders.
-    lot(0).shuffle(numbered)
-    with ThreadPoolExecutor(at_once) as threads:
-        yield from threads.map(one, numbered)
+    def run(self, runs: Iterable[Run], *, at_once: int = 1) -> Rows:
+        """Run programs and collect what they hand in.
+
+        Args:
+            runs: The programs.
+            at_once: How many at a time. Those that only wait can run at once; what is measured
+                in microseconds runs alone.
+        """
+        numbered = list(runs)
+        done = itertools.count(1)
+
+        def one(run: Run) -> dict[str, Any]:
+            outcome = self._run(run)
+            about = " ".join(f"{name}={value}" for name, value in run.about.items())
+            which = f"{next(done)}/{len(numbered)}"
+            self.say(f"{which} {run.program} {run.contender} {about}"[:110])
+            return {"contender": run.contender, **run.about, **outcome}
+
+        if at_once > 1:
+            # Mixed, so that the load of the machine is the same for all contenders.
+            lot(0).shuffle(numbered)
+        with ThreadPoolExecutor(4 if self.quick else at_once) as threads:
+            return list(threads.map(one, numbered))
+
+    def _run(self, run: Run) -> dict[str, Any]:
+        """One process; one that has not ended after three minutes hangs.
+
+        Raises:
+            RuntimeError: It ended without a result.
+        """
+        about = {"contender": run.contender, "wire": self.wire, **run.about}
+        try:
+            ended = subprocess.run(  # noqa: S603 - our own program
+                [sys.executable, "-m", "benchmarks.programs", run.program],
+                input=json.dumps(about),
+                capture_output=True,
+                text=True,
+                timeout=180,
+                check=False,
+                cwd=_ROOT,
+                env=self._environment(run.contender),
+            )
+        except subprocess.TimeoutExpired:
+            return {"hung": True}
+        if ended.returncode or not ended.stdout.strip():
+            raise RuntimeError(f"{run.program} of {run.contender} failed:\n{ended.stderr[-2000:]}")
+        result: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+        return result
+
+    def _environment(self, contender: str) -> dict[str, str]:
+        # Whatever is set for tinker or the shim out there must not decide anything.
+        unset = ("TINKER_", "PYTHONDONTWRITEBYTECODE")
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith(unset)},
+            **self.labs,
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+            "TINKER_API_KEY": "tml-benchmark",
+            # Its requests would be met by the same faults, and be counted.
+            "TINKER_TELEMETRY": "0",
+            "TINKER_ROUTEFIX": str(int(contender == SHIM)),
+        }
+
+
+@contextmanager
+def stage(
+    wire: str, *, repeat: int | None, quick: bool, say: Callable[[str], None]
+) -> Iterator[Stage]:
+    """Labs, while a benchmark runs."""
+    from benchmarks import labs
+
+    with labs.serving() as environment:
+        yield Stage(wire, repeat, quick, say, environment)
 
 
 def of(rows: Iterable[dict[str, Any]], **about: Any) -> Rows:
