@@ -241,6 +241,21 @@ def uncertain_404(tries: list[Exchange]) -> Exchange | None:
     return None
 
 
+def is_replay(before: Exchange, after: Exchange) -> bool:
+    """Whether a try is the shim's, and not tinker's repeat of the one before.
+
+    tinker's inner tries are counted, and its outer ones have an idempotency key of their own (but
+    in 0.1 and 0.2, where a submission has nothing else).
+    """
+    key = after.headers.get("x-idempotency-key")
+    return (
+        key is not None
+        and key == before.headers.get("x-idempotency-key")
+        and after.seq_id is not None
+        and after.headers.get("x-stainless-retry-count") == "0"
+    )
+
+
 def unexplained(tries: list[Exchange], closed_at: Iterable[float] = ()) -> Iterator[str]:
     """The tries of a submission that neither tinker's retries explain nor a replay may be.
 
@@ -256,7 +271,11 @@ def unexplained(tries: list[Exchange], closed_at: Iterable[float] = ()) -> Itera
         final_seen = final_seen or before is final
         if final_seen:
             yield f"sent again after {before.status}, and may have been carried out before: {after}"
-        elif before.status != 404 and not (
+        elif before.status == 404:
+            continue
+        elif is_replay(before, after):
+            yield f"replayed after {before.status}: {after}"
+        elif not (
             before.status in RETRIED
             or is_bare_400(before)
             or any(before.at < at < after.at for at in closed_at)

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 CONNECT_KINDS = ("config", "dynamic_config", "create_session", "create_model", "get_info")
 WORK_KINDS = ("forward_backward", "forward", "optim_step", "save", "load", "save_sampler", "sample")
-POLL_KINDS = ("poll", *(f"poll:{kind}" for kind in WORK_KINDS), "polls")
 
 PASSING = (*UNCERTAIN, *REFUSED_UNSEEN, "slow")
 """What tinker itself survives, where it does not last."""
@@ -62,15 +61,26 @@ def seldom(what: SearchStrategy[list[T]]) -> SearchStrategy[list[T]]:
     return st.one_of(nothing, nothing, what)
 
 
+def submissions_of(actors: list[Actor]) -> tuple[str, ...]:
+    """What the program submits: other faults would strike nothing."""
+    called = {kind for actor in actors for op in actor.ops for kind in KINDS_OF[op.kind]}
+    return tuple(kind for kind in WORK_KINDS if kind in called) or WORK_KINDS
+
+
+def with_polls(submissions: tuple[str, ...]) -> tuple[str, ...]:
+    polls = ("poll", "polls") if "sample" in submissions else ("poll",)
+    return (*submissions, *(f"poll:{kind}" for kind in submissions), *polls)
+
+
 def kinds_of(*kinds: str) -> SearchStrategy[tuple[str, ...]]:
     return st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True).map(tuple)
 
 
 @st.composite
-def gateway_faults(draw: DrawFn, *, extent: str, most: float) -> DrawnFault:
+def gateway_faults(draw: DrawFn, work: tuple[str, ...], *, extent: str, most: float) -> DrawnFault:
     """404s of the gateway: for so many seconds, so many of them, or for good."""
     phase = draw(PHASES)
-    some = kinds_of(*CONNECT_KINDS) if phase == "connect" else kinds_of(*WORK_KINDS, *POLL_KINDS)
+    some = kinds_of(*(CONNECT_KINDS if phase == "connect" else with_polls(work)))
     how: dict[str, Any] = {}
     if extent == "seconds":
         how["seconds"] = draw(seconds(most))
@@ -92,35 +102,31 @@ def gateway_faults(draw: DrawFn, *, extent: str, most: float) -> DrawnFault:
 
 
 @st.composite
-def survivable_faults(draw: DrawFn) -> list[DrawnFault]:
+def survivable_faults(draw: DrawFn, work: tuple[str, ...]) -> list[DrawnFault]:
     """As much as the shim has to bring every call through."""
     number = draw(st.integers(0, 3))
     if draw(st.booleans()):
-        return [draw(gateway_faults(extent="count", most=1)) for _ in range(min(number, FEW))]
+        return [draw(gateway_faults(work, extent="count", most=1)) for _ in range(min(number, FEW))]
     most = SHORT / max(number, 1)
-    return [draw(gateway_faults(extent="seconds", most=most)) for _ in range(number)]
+    return [draw(gateway_faults(work, extent="seconds", most=most)) for _ in range(number)]
 
 
 @st.composite
-def hopeless_faults(draw: DrawFn) -> list[DrawnFault]:
+def hopeless_faults(draw: DrawFn, work: tuple[str, ...]) -> list[DrawnFault]:
     """Whatever there is, and some of it for good."""
     extents = st.sampled_from(("seconds", "count", "for good"))
     number = draw(st.integers(0, 3))
-    return [draw(gateway_faults(extent=draw(extents), most=SHORT)) for _ in range(number)]
+    return [draw(gateway_faults(work, extent=draw(extents), most=SHORT)) for _ in range(number)]
 
 
 @st.composite
-def plain_faults(draw: DrawFn, *, probes: bool = True) -> DrawnFault:
+def plain_faults(draw: DrawFn, work: tuple[str, ...], *, probes: bool = True) -> DrawnFault:
     """What is none of the shim's business, so many times.
 
     Without ``probes`` it is nothing that the shim's own requests meet, too.
     """
     phase = draw(PHASES)
-    some = (
-        CONNECT_KINDS[: None if probes else -1]
-        if phase == "connect"
-        else (*WORK_KINDS, *POLL_KINDS)
-    )
+    some = CONNECT_KINDS[: None if probes else -1] if phase == "connect" else with_polls(work)
     shape = draw(st.sampled_from((*PASSING, *FATAL)))
     count = draw(st.integers(1, 3))
     return DrawnFault(
@@ -185,13 +191,13 @@ def ops(draw: DrawFn, style: Style, waits: tuple[How, ...] = WAITS) -> Op:
 
 
 @st.composite
-def restarts(draw: DrawFn, kinds: tuple[str, ...], *, most: float) -> DrawnFault:
+def restarts(draw: DrawFn, work: tuple[str, ...], *, most: float) -> DrawnFault:
     """A gateway replica restarts: an answer is lost, and the route is stale for what comes next.
 
     That is tinker's own repeat of the same request: its first one, or one within a replay.
     """
     phase: Phase = draw(st.sampled_from(("work", "work", "work", "connect")))
-    some = draw(kinds_of(*(CONNECT_KINDS if phase == "connect" else kinds)))
+    some = draw(kinds_of(*(CONNECT_KINDS if phase == "connect" else work)))
     replica = draw(st.sampled_from((None, None, None, 0, 1)))
     first = draw(st.sampled_from((0.0, 0.0, 0.5)))
     stale = DrawnFault(
@@ -240,14 +246,13 @@ def schedules(draw: DrawFn, *, restarting: bool = False) -> Schedule:
             program = draw(st.lists(ops(style), min_size=1, max_size=6))
             actors.append(Actor(ops=tuple(program), client=client, style=style))
     hopeless = draw(st.sampled_from((False, False, True)))
+    work = submissions_of(actors)
     if restarting:
-        called = {kind for actor in actors for op in actor.ops for kind in KINDS_OF[op.kind]}
-        kinds = tuple(kind for kind in WORK_KINDS if kind in called) or WORK_KINDS
         number = draw(st.sampled_from((1, 1, 2)))
-        faults = [draw(restarts(kinds, most=SHORT / number)) for _ in range(number)]
+        faults = [draw(restarts(work, most=SHORT / number)) for _ in range(number)]
     else:
-        faults = draw(hopeless_faults() if hopeless else survivable_faults())
-    faults += draw(seldom(st.lists(plain_faults(), min_size=1, max_size=2)))
+        faults = draw(hopeless_faults(work) if hopeless else survivable_faults(work))
+    faults += draw(seldom(st.lists(plain_faults(work), min_size=1, max_size=2)))
     if not any(op.kind == "info" for actor in actors for op in actor.ops):
         faults += draw(seldom(st.lists(hanging_probes(), max_size=1)))
     replied = st.lists(replies(hopeless=hopeless), min_size=1, max_size=2)
@@ -276,11 +281,13 @@ def repeatable(draw: DrawFn) -> Schedule:
     """
     style: Style = draw(st.sampled_from(("thread", "async")))
     program = draw(st.lists(ops(style, waits=("wait",)), min_size=1, max_size=6))
-    faults = draw(st.lists(plain_faults(probes=False), max_size=2))
+    actor = Actor(ops=tuple(program), style=style)
+    work = submissions_of([actor])
+    faults = draw(st.lists(plain_faults(work, probes=False), max_size=2))
     replied: tuple[Reply, ...] = ()
     if draw(st.booleans()):
         phase = draw(PHASES)
-        kinds = CONNECT_KINDS[:-1] if phase == "connect" else (*WORK_KINDS, *POLL_KINDS)
+        kinds = CONNECT_KINDS[:-1] if phase == "connect" else with_polls(work)
         faults.append(
             DrawnFault(
                 phase=phase,
@@ -292,7 +299,7 @@ def repeatable(draw: DrawFn) -> Schedule:
         replied = (Reply(phase="connect", reply=draw(st.sampled_from(ENDED))),)
     return Schedule(
         clients=(Client(),),
-        actors=(Actor(ops=tuple(program), style=style),),
+        actors=(actor,),
         faults=tuple(faults),
         control_plane_replies=replied,
         futures_together=draw(st.booleans()),

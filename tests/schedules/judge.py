@@ -39,6 +39,10 @@ SLACK: Final = 6.0
 """Seconds of the faster clock that work may take on top of a wait, besides the process's lag: a
 thread that shares its core with others was seen to take 0.3 real seconds for what takes 0.03."""
 
+TERMINAL: Final = ("DELETED", "PAUSED")
+"""Replies that end a request of a client that has connected, once they are given."""
+PASSING: Final = {"slow", "error", "drop", "hang", "SINGING"}
+"""Replies that tell nothing for now: the pod's own success is proof enough."""
 SLOW: Final = {"slow": 1.0, "hang": IMPATIENT}
 """Seconds that the control plane may take, by what it says."""
 
@@ -277,6 +281,12 @@ def _submissions(played: Played) -> dict[int, list[list[Exchange]]]:
     return found
 
 
+def _final(tries: list[Exchange]) -> Exchange | None:
+    """The gateway's 404 that a submission ends with, as a try before it counts."""
+    found = sent_in_vain(tries)
+    return found if found is not None and found.refused else None
+
+
 def _made_for(played: Played, result: Result) -> Iterator[list[Exchange]]:
     """All chains that are made for a call."""
     for _, tries in _requests(played):
@@ -334,29 +344,34 @@ def _questions_about(played: Played) -> dict[str, list[Exchange]]:
 def _may_send_again(
     played: Played, questions: list[Exchange], before: Exchange, after: Exchange
 ) -> Iterator[str]:
-    """The control plane had been asked, and its last reply was RUNNING.
+    """There is proof, younger than the refusal, that the job runs; and no word that it has ended.
 
-    While connecting, that it did not reply that the job has ended is enough.
+    Proof is RUNNING of the control plane, or a success of the pod through the route. Connecting
+    needs none.
     """
-    work = _is_work(before)
-    slack = _slack(played) + (0.0 if work else 8.0)
     answered = [one for one in questions if one.at + one.seconds <= after.at]
-    good = [one for one in answered if _may_run(played, one, surely=work)]
-    if not good:
-        yield f"sent again though the control plane did not say RUNNING: {after}"
-        return
-    age = after.at - good[-1].at - good[-1].seconds
-    if work and age > 1.0 + slack:
-        yield f"sent again, and it was {age:.1f} s ago that the control plane was asked: {after}"
-    for one in answered[answered.index(good[-1]) + 1 :]:
-        if one.at + one.seconds < after.at - slack:
-            reply = played.control_plane_replies[one]
-            yield f"sent again though the control plane has replied {reply!r} since: {after}"
+    proofs = [one for one in answered if _reply(played, one) == "slow"]
+    proofs += [one for one in played.exchanges if one.job == before.job and _is_success(one)]
+    ends = [one.at + one.seconds for one in proofs]
+    if _is_work(before) and not any(before.at <= end <= after.at for end in ends):
+        yield f"sent again without proof that the job runs: {after}"
+    since = max((end for end in ends if end <= after.at), default=0.0)
+    told = [one for one in answered if since < one.at + one.seconds < after.at - _slack(played)]
+    terminal = [one for one in told if _reply(played, one) in TERMINAL]
+    if _is_work(before) and terminal:
+        yield f"sent again though the control plane has replied {_reply(played, terminal[0])!r}"
+    # Twice, 2 s apart at the most; the third is one too many by any account.
+    if len(told) > 2 and all(_reply(played, one) in ENDED for one in told):
+        yield f"sent again though the control plane has replied so {len(told)} times: {after}"
 
 
-def _may_run(played: Played, exchange: Exchange, *, surely: bool) -> bool:
-    reply = played.control_plane_replies.get(exchange, "slow")
-    return reply == "slow" if surely else reply not in ENDED
+def _reply(played: Played, exchange: Exchange) -> str:
+    return played.control_plane_replies.get(exchange, "slow")
+
+
+def _is_success(exchange: Exchange) -> bool:
+    background = exchange.kind in ("control_plane", "telemetry", "healthz")
+    return not background and exchange.status is not None and exchange.status < 300
 
 
 def _is_work(exchange: Exchange) -> bool:
@@ -396,7 +411,7 @@ def _sent_though_cancelled(played: Played) -> Iterator[str]:
 def survivable(schedule: Schedule, *, connecting: bool) -> bool:
     """Whether the shim has to bring every call through."""
     replies = {one.reply for one in schedule.control_plane_replies}
-    if not replies.isdisjoint(ENDED) or (not connecting and replies - {"slow"}):
+    if not replies.isdisjoint(ENDED) or (not connecting and replies - PASSING):
         return False
     seconds = count = 0.0
     for fault in schedule.all_faults():
@@ -438,12 +453,14 @@ def _allowed(
     hopeless |= RATE * played.lag > SETTINGS["retry_budget"] / 2
     if any(sent_in_vain(tries) or _cut_off(played, result, tries) for tries in made):
         yield tinker.NotFoundError
-    if result.op == "forward" and any(
-        _unseen_to_be_forward(tries) for tries in _made_for(played, result)
-    ):
-        yield tinker.NotFoundError
+    if result.op == "forward":
+        for tries in _made_for(played, result):
+            if _seems_to_change_the_model(tries) and (
+                uncertain_404(tries) or _cut_off(played, result, tries)
+            ):
+                yield tinker.NotFoundError
     for fault in schedule.all_faults():
-        if fault.answer is None or (fault.of_gateway and not hopeless):
+        if fault.answer is None or (fault.of_gateway and not hopeless and not _in_doubt(fault)):
             continue
         status = fault.answer.status
         if _meets(fault, result, polls=False):
@@ -461,9 +478,19 @@ def _allowed(
         yield from (tinker.NotFoundError, ValueError)
 
 
-def _unseen_to_be_forward(tries: list[Exchange]) -> bool:
-    """Whether a forward pass ends like a forward_backward: from 0.25 on only its body tells."""
-    return tries[0].path.endswith("/forward_backward") and uncertain_404(tries) is not None
+def _in_doubt(fault: DrawnFault) -> bool:
+    """Whether a 404 may be taken for the pod's own: of unknown shape, beside answered probes."""
+    answer = fault.answer
+    return (
+        answer is not None
+        and answer.status == 404
+        and _verdict.of_body(answer.content) is _verdict.Verdict.UNKNOWN
+    )
+
+
+def _seems_to_change_the_model(tries: list[Exchange]) -> bool:
+    """Whether a forward pass has the path of a forward_backward: so from 0.25 on."""
+    return tries[0].path.endswith("/forward_backward")
 
 
 def _cut_off(played: Played, result: Result, tries: list[Exchange]) -> bool:
@@ -495,12 +522,15 @@ def _noted(played: Played, result: Result, made: list[list[Exchange]]) -> Iterat
             continue
         verdict = _verdict.of_body(response.content)
         note = f"{programs.notes(result.error)} {result.error}"
+        if verdict is _verdict.Verdict.UNKNOWN:
+            # The pod's after all, where it went on beside probes that were answered.
+            continue
         if (verdict is not _verdict.Verdict.POD) != ("tinker_routefix:" in note):
             yield f"with the note {note!r}, from a 404 of verdict {verdict.value}: {result}"
     if len(made) != 1 or any(result.began <= at <= result.ended for at in played.dropped):
         return
     said = UNCERTAIN_NOTE in programs.notes(result.error)
-    final = sent_in_vain(made[0])
+    final = _final(made[0])
     if said != (final is not None and isinstance(result.error, tinker.NotFoundError)):
         yield f"with the note {programs.notes(result.error)!r}, after {final}: {result}"
 
@@ -570,10 +600,13 @@ def _failed_late(played: Played) -> Iterator[str]:
     for result in played.results:
         # Before it waits, and before it is sent again, the control plane is asked; not about what
         # may not be sent again whatever it replies.
-        final = any(map(sent_in_vain, submissions[result.tag]))
+        final = any(map(_final, submissions[result.tag]))
         if played.control_plane_replies and not final:
             continue
         if result.state == "failed" and isinstance(result.error, tinker.NotFoundError):
+            if _verdict.of_body(result.error.response.content) is _verdict.Verdict.UNKNOWN:
+                # Sent again only beside probes that are answered.
+                continue
             seconds = result.ended - last.get(result.tag, result.ended)
             if result.op in ONE_SUBMISSION and seconds > _slack(played):
                 yield f"told {seconds:.1f} s after its last 404: {result}"

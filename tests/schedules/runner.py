@@ -400,19 +400,20 @@ class _Stage:
             said = []
             for job in self.jobs:
                 for route in _routes(job):
-                    prober, question = route._prober, route.control_plane._question
+                    prober = route._prober
+                    asked = [one.question for one in route.control_plane._flights.values()]
                     said += [
                         f"{what} of {job}"
                         for what, there in (
                             (f"{route.sleepers} waiters", route.sleepers),
                             (f"{route._troubled} incidents", route._troubled),
                             ("a prober", prober is not None and not prober.done()),
-                            ("a question", question is not None and not question.done()),
+                            ("a question", any(one is not None for one in asked)),
                         )
                         if there
                     ]
-            if _connections._closing:
-                said.append(f"{len(_connections._closing)} clients being closed")
+            if _connections._closing or _connections._background:
+                said.append("clients being closed or opened")
             return said
 
         return _eventually(left)
