@@ -12,6 +12,12 @@ as it is.
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 VARIABLE = "TINKER_ROUTEFIX_AUTOLOAD"
 SDKS = ("tinker", "fireworks")
 """What is waited for: the packages that the shim patches."""
@@ -26,26 +32,64 @@ def load() -> None:
     word = os.environ.get(VARIABLE, "").strip()
     if word and not waiting:
         waiting = True
-        doorman = _Doorman(word)
-        sys.meta_path.insert(0, doorman)
+        watcher = _ImportWatcher(word)
+        sys.meta_path.insert(0, watcher)
         # Something that Python started before us may have been quicker.
-        for name in SDKS:
-            if name in sys.modules:
-                doorman.find_spec(name)
+        if any(name in sys.modules for name in SDKS):
+            watcher.sdk_comes()
 
 
-class _Doorman:
-    """The first finder to be asked for any module; it finds none."""
+class _ImportWatcher:
+    """The first finder to be asked for any module: it has an SDK's loader call it."""
 
     def __init__(self, word: str) -> None:
         self._word = word
         self._done = False
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:  # noqa: ARG002
-        # It stays when it has done its work: another thread may be walking through the list.
-        if name in SDKS and not self._done:
+    def find_spec(
+        self,
+        name: str,
+        path: "Sequence[str] | None" = None,
+        target: "ModuleType | None" = None,
+    ) -> "ModuleSpec | None":
+        if name not in SDKS or self._done:
+            return None
+        # Whoever only looks for an SDK, with `importlib.util.find_spec`, gets no further.
+        for finder in sys.meta_path:
+            if isinstance(finder, _ImportWatcher) or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
+                return spec
+        return None
+
+    def sdk_comes(self) -> None:
+        # It stays in the list when it has done its work: another thread may be walking through it.
+        if not self._done:
             self._done = True
             _load_shim(self._word)
+
+
+class _Loader:
+    """An SDK's own loader, which loads the shim first."""
+
+    def __init__(self, loader: object, watcher: _ImportWatcher) -> None:
+        self._loader = loader
+        self._watcher = watcher
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: object) -> object:
+        return self._loader.create_module(spec)  # type: ignore[attr-defined]
+
+    def exec_module(self, module: object) -> None:
+        # What is left in the module is as if nobody had looked.
+        module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[attr-defined]
+        self._watcher.sdk_comes()
+        self._loader.exec_module(module)  # type: ignore[attr-defined]
 
 
 def _load_shim(word: str) -> None:

@@ -24,12 +24,22 @@ import pytest
 
 import tinker_routefix
 from tinker_routefix import _control_plane, _log, _route, _seams, _settings, events
+from tinker_routefix import lab as lab_package
 
 if TYPE_CHECKING:
     import warnings
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from tinker_routefix.lab import Lab
+
+OVER_TLS = os.environ.get("ROUTEFIX_TESTS_TLS") == "1"
+"""Whether every lab of a test serves https."""
+TRANSPORT = os.environ.get("ROUTEFIX_TESTS_TRANSPORT")
+"""``httpx`` or ``pyqwest``: what the labs tell tinker to use, where a test does not say."""
+
+if OVER_TLS:
+    # TLS contexts are kept for the process, so every one has to trust the labs.
+    os.environ["SSL_CERT_FILE"] = str(lab_package.Lab(tls=True).ca_file)
 
 pytest_plugins = ["tinker_routefix.lab.pytest_plugin"]
 
@@ -43,14 +53,35 @@ def _release(name: str) -> str:
 
 
 def pytest_report_header() -> str:
-    names = ("tinker", "fireworks-ai", "wrapt", "tenacity", "httpx", "pydantic")
-    return "with " + ", ".join(f"{name} {_release(name)}" for name in names)
+    names = ("tinker", "fireworks-ai", "wrapt", "tenacity", "httpx", "pyqwest", "pydantic")
+    over = f"; labs over {'https' if OVER_TLS else 'http'}, transport {TRANSPORT or 'as it comes'}"
+    return "with " + ", ".join(f"{name} {_release(name)}" for name in names) + over
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the tests have noted of plain tinker and the shim, side by side."""
+    noted = [
+        (report.nodeid.partition("::")[2], value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, value in report.user_properties
+        if name == "wire"
+    ]
+    if noted:
+        terminalreporter.section("plain tinker and the shim")
+    for test, value in noted:
+        terminalreporter.write_line(f"{value}  {test}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the tests that wait longest first, one in each worker: it is handed two at a time."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
-    long = sum(item.get_closest_marker("long") is not None for item in items)
+
+    def waits(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) for name in ("long", "slow"))
+
+    items.sort(key=lambda item: not waits(item))
+    long = sum(map(waits, items))
     if long <= len(items) // 2:
         items[: 2 * long : 2], items[1 : 2 * long : 2] = items[:long], items[long : 2 * long]
 
@@ -66,7 +97,8 @@ def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
     # A lab may get the port that another one had: it is not the same gateway.
     for routes in _route._routes.values():
         routes.clear()
-    _control_plane._known.clear()
+    _route._counters.clear()
+    _control_plane._managers.clear()
     # And the log lines that an earlier test had need not make do for this one.
     _log._own_failures = _log.RateLimit(seconds=60.0)
     settings = _settings.current()
@@ -85,6 +117,11 @@ def make_lab(
     labs: list[Lab] = []
 
     def make(*args: Any, **kwargs: Any) -> Lab:
+        kwargs.setdefault("tls", OVER_TLS)
+        transport = TRANSPORT or getattr(request.module, "TRANSPORT", None)
+        if transport is not None:
+            config = {"use_pyqwest_transport": transport == "pyqwest"}
+            kwargs["config"] = config | dict(kwargs.get("config") or {})
         labs.append(make_lab(*args, **kwargs))
         return labs[-1]
 
@@ -186,7 +223,8 @@ def _sent_by_the_shim() -> bool:
         frame = frame.f_back
         name = frame.f_globals.get("__name__")
         if name == "tinker_routefix._control_plane" or (
-            name == "tinker_routefix._sdk" and frame.f_code.co_qualname.startswith("_Prober.")
+            name == "tinker_routefix._sdk"
+            and frame.f_code.co_name in ("_get_info", "_get_capabilities")
         ):
             return True
     return False
@@ -198,7 +236,7 @@ def _said_by(context: Any) -> list[str]:
     if warned is not None:
         return [f"{warning.message} {warning.message!r}" for warning in warned]
     # Not filled where nothing was raised.
-    error = getattr(getattr(context, "excinfo", None), "_excinfo", (None, None))[1]
+    error = (getattr(getattr(context, "excinfo", None), "_excinfo", None) or (None, None))[1]
     if error is None:
         return []
     links = [error]
@@ -217,10 +255,11 @@ def _shown() -> list[str]:
     routes = sys.modules.get("tinker_routefix._route")
     for route in routes.all_routes() if routes is not None else ():
         asked = route.control_plane
-        shown += [route, str(route.job), route.job, route.counters, asked, vars(asked)]
-    for address in list(_control_plane._known.values()):
+        flights = [vars(flight) for flight in asked._flights.values()]
+        shown += [route, str(route.job), route.job, route.counters, asked, vars(asked), flights]
+    for manager in [one for known in _control_plane._managers.values() for one in known]:
         with contextlib.suppress(Exception):
-            shown.append(address())
+            shown += [manager, manager.address()]
     return [repr(one) for one in shown]
 
 

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
     from tinker_routefix.lab import Lab
 
+TRANSPORT = "httpx"
+"""What the labs tell tinker to use. With pyqwest a process, also one of plain tinker, now and then
+aborts when it ends: less than one in a hundred."""
+
 ROOT = Path(__file__).parent.parent
 VARIABLE = "TINKER_ROUTEFIX_AUTOLOAD"
 MODULE = "_tinker_routefix_autoload"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import email.utils
 import gc
 import gzip
 import json
 import time
 import tracemalloc
+import weakref
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,15 @@ import pytest
 from tests import programs
 from tests.common import CANARY, RUNNING, Listener, Speak, http
 from tinker_routefix import _control_plane
-from tinker_routefix._control_plane import Address, Answer, ControlPlane, JobState
+from tinker_routefix._control_plane import (
+    Address,
+    Answer,
+    ControlPlane,
+    JobState,
+    Manager,
+    Told,
+    register,
+)
 from tinker_routefix._job import Job
 from tinker_routefix.lab import Answer as HttpAnswer
 from tinker_routefix.lab import Fault, Lab
@@ -303,7 +314,7 @@ def test_question_carries_only_the_credentials(lab: Lab) -> None:
     assert "cookie" not in question.headers
 
 
-def test_question_bypasses_environment_proxies(
+def test_question_over_http_bypasses_environment_proxies(
     lab: Lab, make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = make_lab()
@@ -435,7 +446,7 @@ def test_abandoned_question_reports_no_loop_error(
     settings(control_plane_timeout=5)
     told: list[Any] = []
 
-    async def lost() -> tuple[int, bytes]:
+    async def lost() -> tuple[int, bytes, None]:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -444,8 +455,8 @@ def test_abandoned_question_reports_no_loop_error(
             raise
         raise AssertionError
 
-    async def answered() -> tuple[int, bytes]:
-        return 200, b'{"state": "JOB_STATE_RUNNING"}'
+    async def answered() -> tuple[int, bytes, None]:
+        return 200, b'{"state": "JOB_STATE_RUNNING"}', None
 
     async def program() -> Answer:
         asyncio.get_running_loop().set_exception_handler(lambda _, about: told.append(about))
@@ -456,7 +467,7 @@ def test_abandoned_question_reports_no_loop_error(
 
     replies = iter((lost, answered))
 
-    async def fetch(*_: object) -> tuple[int, bytes]:
+    async def fetch(*_: object) -> tuple[int, bytes, None]:
         return await next(replies)()
 
     mocker.patch.object(ControlPlane, "_fetch", fetch)
@@ -468,3 +479,312 @@ def test_abandoned_question_reports_no_loop_error(
 def test_address_repr_hides_headers() -> None:
     address = Address("https://control.example", {"authorization": CANARY}, verify=True)
     assert repr(address) == "Address(root='https://control.example', verify=True)"
+
+
+# --- How often it is asked, and what adds up ----------------------------------------------
+
+JOB = Job("https://gateway.example", "acct", "job-1")
+ENDED = b'{"state": "JOB_STATE_DELETED"}'
+
+
+class Script:
+    """A control plane that answers from a script, on a clock that only the test puts forward."""
+
+    def __init__(self, mocker: Any, *replies: Any) -> None:
+        self.now = 500.0
+        self.replies = list(replies)
+        self.asked: list[tuple[float, dict[str, str]]] = []
+        """When, and with which headers."""
+        mocker.patch("time.monotonic", side_effect=lambda: self.now)
+        mocker.patch.object(ControlPlane, "_fetch", self._fetch)
+
+    async def _fetch(self, address: Address, credentials: dict[str, str]) -> Any:
+        headers = credentials if address.headers is None else address.headers
+        self.asked.append((round(self.now - 500.0, 3), dict(headers)))
+        reply = self.replies[min(len(self.asked), len(self.replies)) - 1]
+        await asyncio.sleep(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    @property
+    def moments(self) -> list[float]:
+        return [at for at, _ in self.asked]
+
+    async def ask(
+        self, control_plane: ControlPlane, *moments: float, key: str = "key"
+    ) -> list[Answer]:
+        """Ask at these moments."""
+        answers = []
+        for at in moments:
+            self.now = 500.0 + at
+            answers.append(await control_plane.ask({"x-api-key": key}))
+        return answers
+
+
+HALF_SECONDS = [number / 2 for number in range(41)]
+FAILS: Any = (500, b"", None)
+RUNS: Any = (200, RUNNING, None)
+
+
+@pytest.mark.parametrize("fails", [FAILS, (429, b"", None), OSError("closed")])
+def test_control_plane_that_cannot_tell_is_asked_ever_less_often(mocker: Any, fails: Any) -> None:
+    script = Script(mocker, fails)
+    answers = asyncio.run(script.ask(ControlPlane(JOB), *HALF_SECONDS))
+    assert script.moments == [0, 1, 3, 7, 11, 15, 19]
+    assert {answer.told for answer in answers} == {Told.NOTHING}
+
+
+def test_backoff_begins_anew_after_an_answer(mocker: Any) -> None:
+    script = Script(mocker, FAILS, FAILS, FAILS, RUNS, FAILS)
+    asyncio.run(script.ask(ControlPlane(JOB), *HALF_SECONDS[:30]))
+    assert script.moments == [0, 1, 3, 7, 8, 9, 11]
+
+
+@pytest.mark.parametrize("reply", [RUNS, (200, ENDED, None), (401, b"", None), (404, b"", None)])
+def test_control_plane_that_answers_is_asked_once_a_second(mocker: Any, reply: Any) -> None:
+    script = Script(mocker, reply)
+    asyncio.run(script.ask(ControlPlane(JOB), *HALF_SECONDS[:7]))
+    assert script.moments == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("3", 3),
+        ("2.5", 2.5),
+        ("0", 1),
+        ("-7", 1),
+        ("nan", 1),
+        ("soon", 1),
+        ("", 1),
+        # Longer than any request waits; for ever it does not bind.
+        ("86400", 60),
+        ("inf", 60),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 60),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 1),
+        ("Fri, 99 Nonsense 9999", 1),
+    ],
+)
+def test_retry_after_of_a_control_plane_that_cannot_tell_is_honoured(
+    mocker: Any, status: int, header: str, seconds: float
+) -> None:
+    script = Script(mocker, (status, b"", header), RUNS)
+    just_before, then = seconds - 0.01, seconds + 0.01
+    asyncio.run(script.ask(ControlPlane(JOB), 0, just_before, then))
+    assert script.moments == [0, then]
+
+
+def test_retry_after_is_read_as_a_date(mocker: Any) -> None:
+    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
+    script = Script(mocker, (503, b"", soon), RUNS)
+    asyncio.run(script.ask(ControlPlane(JOB), 0, 25, 31))
+    assert script.moments == [0, 31]
+
+
+def test_retry_after_of_another_answer_is_ignored(mocker: Any) -> None:
+    script = Script(mocker, (200, RUNNING, "30"))
+    asyncio.run(script.ask(ControlPlane(JOB), 0, 1))
+    assert script.moments == [0, 1]
+
+
+def test_same_answer_adds_up_from_question_to_question(mocker: Any) -> None:
+    script = Script(mocker, (401, b"", None))
+    first, second, third = asyncio.run(script.ask(ControlPlane(JOB), 0, 1, 2))
+    assert not first.heard_for(1)
+    assert (second.heard_for(1), second.heard_for(2)) == (True, False)
+    assert third.heard_for(2)
+
+
+@pytest.mark.parametrize(
+    ("replies", "moments"),
+    [
+        # Something else was said in between.
+        ([(401, b"", None), RUNS, (401, b"", None)], [0, 1, 2]),
+        ([(401, b"", None), FAILS, (401, b"", None)], [0, 1, 2]),
+        # The first one is too old to confirm anything.
+        ([(401, b"", None)], [0, 16]),
+    ],
+)
+def test_interrupted_or_old_answer_confirms_nothing(
+    mocker: Any, replies: list[Any], moments: list[float]
+) -> None:
+    script = Script(mocker, *replies)
+    *_, last = asyncio.run(script.ask(ControlPlane(JOB), *moments))
+    assert last.told is Told.QUESTION_REFUSED
+    assert not last.heard_for(1)
+
+
+def test_cached_answer_does_not_confirm_itself(mocker: Any) -> None:
+    script = Script(mocker, (404, b'{"code": 5}', None))
+    first, again = asyncio.run(script.ask(ControlPlane(JOB), 0, 0.99))
+    assert again is first
+    assert first.told is Told.GONE
+    assert not again.heard_for(1)
+
+
+# --- Whose key asks ----------------------------------------------------------------------
+
+
+def test_each_key_has_questions_and_answers_of_its_own(mocker: Any) -> None:
+    """A revoked key beside a good one: neither hurts the other."""
+    script = Script(mocker, (401, b"", None), RUNS)
+    control_plane = ControlPlane(JOB)
+
+    async def program() -> list[Answer]:
+        revoked = await script.ask(control_plane, 0, 0.5, key="revoked")
+        return revoked + await script.ask(control_plane, 0, 0.5, key="good")
+
+    told = [answer.told for answer in asyncio.run(program())]
+    assert told == [Told.QUESTION_REFUSED] * 2 + [Told.RUNNING] * 2
+    assert [headers["x-api-key"] for _, headers in script.asked] == ["revoked", "good"]
+
+
+def test_concurrent_callers_share_one_question_for_each_key(mocker: Any) -> None:
+    script = Script(mocker, RUNS)
+    control_plane = ControlPlane(JOB)
+
+    async def program() -> None:
+        keys = ["one", "two"] * 50
+        await asyncio.gather(*(control_plane.ask({"x-api-key": key}) for key in keys))
+
+    asyncio.run(program())
+    assert len(script.asked) == 2
+
+
+def test_rotating_keys_do_not_pile_up(mocker: Any) -> None:
+    """A JWT is a new one every few minutes."""
+    script = Script(mocker, RUNS)
+    control_plane = ControlPlane(JOB)
+
+    async def program() -> None:
+        for number in range(100):
+            await script.ask(control_plane, number, key=f"token-{number}")
+
+    asyncio.run(program())
+    assert len(control_plane._flights) == _control_plane.FLIGHTS
+    assert "token" not in repr(control_plane._flights)
+
+
+def test_ended_job_is_noted_by_what_was_said_last_to_any_key(mocker: Any) -> None:
+    script = Script(mocker, RUNS, (200, ENDED, None), RUNS)
+    control_plane = ControlPlane(JOB)
+
+    async def program() -> list[bool]:
+        noted = [control_plane.says_over]
+        for number, key in enumerate(("one", "two", "one")):
+            await script.ask(control_plane, 2 * number, key=key)
+            noted.append(control_plane.says_over)
+        return noted
+
+    assert asyncio.run(program()) == [False, False, True, False]
+
+
+def test_finished_question_holds_nothing_of_the_one_who_asked(mocker: Any) -> None:
+    """A task keeps the context that it was made in, and that every client of a submission."""
+
+    class Held:
+        pass
+
+    Script(mocker, RUNS)
+    control_plane = ControlPlane(JOB)
+    variable: contextvars.ContextVar[Held] = contextvars.ContextVar("variable")
+
+    async def ask_it() -> weakref.ref[Held]:
+        held = Held()
+        variable.set(held)
+        await control_plane.ask({})
+        return weakref.ref(held)
+
+    async def program() -> bool:
+        reference = await asyncio.create_task(ask_it(), context=contextvars.Context())
+        await asyncio.sleep(0)
+        gc.collect()
+        return reference() is None
+
+    assert asyncio.run(program())
+
+
+def manager(
+    key: str | None, account: str | None = "acct", root: str = "https://control.example"
+) -> Manager:
+    """A job manager; without a key once the program has let go of it."""
+    headers = None if key is None else {"x-api-key": key}
+    return Manager(lambda: Address(root, headers, verify=True), lambda: account)
+
+
+NOT_THE_GATEWAY = "https://control.example"
+
+
+@pytest.mark.parametrize(
+    ("managers", "key"),
+    [
+        ([manager("mine")], "mine"),
+        # With this account and key, whichever was made last.
+        ([manager("mine"), manager("other")], "mine"),
+        ([manager("other"), manager("mine")], "mine"),
+        ([manager("mine", None), manager("other")], "mine"),
+        # Else the only one of the account: a token that tinker was given asks for nobody.
+        ([manager("other")], "other"),
+        ([manager("other", None)], "other"),
+        ([manager("other"), manager("other", None)], "other"),
+        ([manager("other"), manager("third", "elsewhere")], "other"),
+        # Else the request itself.
+        ([manager("other"), manager("third")], "mine"),
+        ([manager("other", "elsewhere")], "mine"),
+        ([manager(None)], "mine"),
+        ([manager("mine", "elsewhere"), manager("other", "elsewhere")], "mine"),
+    ],
+    ids=range(12),
+)
+def test_question_is_asked_with_the_key_of_the_right_manager(
+    mocker: Any, managers: list[Manager], key: str
+) -> None:
+    for one in managers:
+        register(JOB.gateway, one)
+    script = Script(mocker, RUNS)
+    asyncio.run(script.ask(ControlPlane(JOB), 0, key="mine"))
+    ((_, headers),) = script.asked
+    assert headers == {"x-api-key": key}
+
+
+def test_key_is_the_same_in_either_header(mocker: Any) -> None:
+    register(JOB.gateway, manager("mine"))
+    register(JOB.gateway, manager("other"))
+    script = Script(mocker, RUNS)
+    asyncio.run(ControlPlane(JOB).ask({"authorization": "Bearer mine"}))
+    ((_, headers),) = script.asked
+    assert headers == {"x-api-key": "mine"}
+
+
+def test_manager_of_another_gateway_is_not_asked(mocker: Any) -> None:
+    register("https://other.example", manager("mine"))
+    fetch = mocker.patch.object(ControlPlane, "_fetch", return_value=RUNS)
+    asyncio.run(ControlPlane(JOB).ask({"x-api-key": "mine"}))
+    assert fetch.call_args.args[0] == Address(JOB.gateway, None, verify=True)
+
+
+def test_managers_that_are_gone_leave_one_address_behind() -> None:
+    for _ in range(10):
+        register(JOB.gateway, manager(None))
+    register(JOB.gateway, manager("mine"))
+    register(JOB.gateway, manager("other"))
+    assert len(_control_plane._managers[JOB.gateway]) == 2
+    assert _control_plane._asker(JOB, {}) == Address(NOT_THE_GATEWAY, None, verify=True)
+
+
+def test_manager_that_raises_leaves_the_gateway_to_be_asked(
+    mocker: Any, settings: Callable[..., None], overheard: Any
+) -> None:
+    def fails() -> Address:
+        raise OSError("no such file")
+
+    settings(strict=False)
+    _control_plane._managers[JOB.gateway] = [Manager(fails)]
+    script = Script(mocker, RUNS)
+    (answer,) = asyncio.run(script.ask(ControlPlane(JOB), 0, key="mine"))
+    assert answer.told is Told.RUNNING
+    assert script.asked == [(0, {"x-api-key": "mine"})]
+    assert "shim.failed" in overheard.events
+    _control_plane._managers.clear()

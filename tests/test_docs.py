@@ -11,6 +11,8 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -21,7 +23,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import click
 import pytest
 
 import tinker_routefix
@@ -29,11 +30,13 @@ from tests import releases as files
 from tests.common import CANARY
 from tinker_routefix import _cli, _settings, _switch, events, lab
 from tinker_routefix._cli import check as check_command
+from tinker_routefix._cli import run as run_command
 from tinker_routefix._cli import status as status_command
-from tinker_routefix.lab.__main__ import main as lab_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from pytest_mock import MockerFixture
 
     from tinker_routefix.lab import Lab
 
@@ -51,12 +54,15 @@ Check = Callable[[Pages], list[str]]
 FILES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "mkdocs.yml")),
     *sorted(DOCS.glob("**/*.md")),
+    DOCS / "check.schema.json",
     *sorted((ROOT / ".github").glob("**/*.yml")),
 ]
 PAGES: Pages = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in FILES}
 PROSE = [path for path in PAGES if path.endswith(".md")]
 OPERATIONS = "docs/operations.md"
 COMMANDS = "docs/command-line.md"
+SCHEMA = "docs/check.schema.json"
+TROUBLES = "docs/troubleshooting.md"
 CONTRIBUTING = "CONTRIBUTING.md"
 RELEASE = ".github/workflows/release.yml"
 CI = ".github/workflows/ci.yml"
@@ -161,17 +167,14 @@ def log_lines() -> dict[str, Line]:
     return lines
 
 
-def options(parser: argparse.ArgumentParser | click.Command) -> set[str]:
+def options(parser: argparse.ArgumentParser) -> set[str]:
     """The options of a command, the long ones where there are both."""
-    if isinstance(parser, click.Command):
-        names = [option.opts for option in parser.params if isinstance(option, click.Option)]
-    else:
-        names = [list(action.option_strings) for action in parser._actions]
+    names = [list(action.option_strings) for action in parser._actions]
     return {max(spelt, key=len) for spelt in names if spelt} - {"--help"}
 
 
 @cache
-def commands() -> dict[str, argparse.ArgumentParser | click.Command]:
+def commands() -> dict[str, argparse.ArgumentParser]:
     """The commands of the command line, and what reads their options."""
     parser, run = _cli._parsers("tinker-routefix")
     (choices,) = (
@@ -179,7 +182,7 @@ def commands() -> dict[str, argparse.ArgumentParser | click.Command]:
         for action in parser._actions
         if isinstance(action, argparse._SubParsersAction)
     )
-    return {**choices, "run": run, "lab": lab_command}
+    return {**choices, "run": run}
 
 
 EXIT_CODES: dict[str, set[int]] = {
@@ -287,6 +290,24 @@ def command_line(pages: Pages) -> list[str]:
     return complaints
 
 
+def report_of_check(pages: Pages) -> list[str]:
+    """The schema of `check --json` and the page of the command line have every field of it."""
+    schema = json.loads(pages[SCHEMA])["$defs"]
+    complaints = []
+    for name, kind, header in (
+        ("report", check_command.Report, "field"),
+        ("change", check_command.Change, "of a change"),
+    ):
+        there = {field.name for field in dataclasses.fields(kind)}
+        (rows,) = tables(pages[COMMANDS], header, "meaning")
+        complaints += both_ways(f"{name}, table", {code(row[0])[0] for row in rows}, there)
+        complaints += both_ways(f"{name}, schema", {*schema[name]["properties"]}, there)
+        complaints += both_ways(f"{name}, required", {*schema[name]["required"]}, there)
+    codes = {str(int(code)) for code in check_command.Exit} - {"2"}
+    said = {str(code) for code in schema["report"]["properties"]["exit_code"]["enum"]}
+    return complaints + both_ways("exit codes, schema", said, codes)
+
+
 def called(pages: Pages) -> list[str]:
     """Every call of the command line that is shown is one that it takes."""
     complaints = []
@@ -307,18 +328,14 @@ def called(pages: Pages) -> list[str]:
 
 
 def _takes(name: str, arguments: list[str]) -> bool:
-    parser = commands()[name]
-    if name == "run":
-        # What comes after the program is the program's.
-        arguments = list(itertools.takewhile(lambda word: word.startswith("-"), arguments))
     try:
-        if isinstance(parser, click.Command):
-            parser.make_context(name, arguments)
+        if name == "run":
+            run_command.parse(arguments)
         else:
             if name == "check" and arguments[-1].startswith("-"):
                 arguments = [*arguments, "URL"]
-            parser.parse_args(arguments)
-    except (SystemExit, click.ClickException):
+            commands()[name].parse_args(arguments)
+    except (SystemExit, run_command.UsageError):
         return False
     return True
 
@@ -454,17 +471,64 @@ def recipes_are_run(pages: Pages) -> list[str]:
     ]
 
 
-def diagrams(pages: Pages) -> list[str]:
-    """No diagram has what ends a line in Mermaid where a sentence goes on."""
-    blocks = [
-        (path, content)
+def offline(pages: Pages) -> list[str]:
+    """Nothing that a browser shows is fetched from elsewhere: Mermaid would be, by the theme."""
+    complaints = [
+        f"{path}: a Mermaid diagram is drawn by a script from a server"
         for path in PROSE
-        for language, content in fences(pages[path])
-        if language == "mermaid"
+        if any(language == "mermaid" for language, _ in fences(pages[path]))
     ]
-    return [f"{path}: a diagram has a semicolon" for path, content in blocks if ";" in content] + (
-        [] if blocks else ["there are no diagrams"]
+    complaints += [
+        f"{path}: shows {picture} of another server"
+        for path in PROSE
+        for picture in re.findall(r"!\[[^]]*\]\((https?:[^)]+)\)", pages[path])
+    ]
+    font = re.search(r"^  font: (\w+)$", pages["mkdocs.yml"], re.MULTILINE)
+    if font is None or font[1] != "false":
+        complaints.append("mkdocs.yml: fonts are fetched from a server")
+    return complaints
+
+
+def readme(pages: Pages) -> list[str]:
+    """The README is short, says first what people have on their screen, and shows anywhere."""
+    text = pages["README.md"]
+    lines = text.splitlines()
+    complaints = [f"line of {len(line)} columns: {line}" for line in lines if len(line) > 100]
+    for what, count, most in (("lines", len(lines), 120), ("words", len(text.split()), 900)):
+        if count > most:
+            complaints.append(f"{count} {what}, more than {most}")
+    first = text.partition("```python")[0]
+    texts = (
+        "NotFoundError: Error code: 404",
+        "Trainer job not found or not running",
+        "ValueError: Error retrieving result",
+        "/training/v1/rlorTrainerJobs/",
     )
+    complaints += [f"the line comes before {said!r}" for said in texts if said not in first]
+    # Package indexes show it without the files beside it.
+    complaints += [
+        f"{target} is relative"
+        for target in re.findall(r"\]\(([^)]+)\)", text)
+        if not target.startswith("https://")
+    ]
+    if "**The shim never adds an execution.**" not in text:
+        complaints.append("the promise is another one")
+    return complaints
+
+
+def found_by_error_text(pages: Pages) -> list[str]:
+    """The page of troubleshooting has the texts that people have on their screen, as headings."""
+    headings = "\n".join(re.findall(r"^## .*$", pages[TROUBLES], re.MULTILINE))
+    texts = (
+        "NotFoundError: Error code: 404",
+        "Trainer job not found or not running",
+        "ValueError: Error retrieving result",
+        "RouteTimeoutError",
+        "may have been carried out",
+        "SettingError",
+        "RoutefixWarning",
+    )
+    return [f"no heading has {text!r}" for text in texts if text not in headings]
 
 
 CHECKS: dict[str, Check] = {
@@ -476,6 +540,7 @@ CHECKS: dict[str, Check] = {
         counters,
         states,
         command_line,
+        report_of_check,
         called,
         sessions_of_nox,
         paths,
@@ -484,7 +549,9 @@ CHECKS: dict[str, Check] = {
         workflows,
         forms,
         recipes_are_run,
-        diagrams,
+        offline,
+        readme,
+        found_by_error_text,
     )
 }
 
@@ -520,9 +587,12 @@ TAMPERED = [
     ("command_line", COMMANDS, "| `--rate` |", "| `--pace` |"),
     ("command_line", COMMANDS, "| 7 | unclear", "| 8 | unclear"),
     ("command_line", COMMANDS, "\n## demo\n", "\n## show\n"),
+    ("report_of_check", COMMANDS, "| `raced` |", "| `races` |"),
+    ("report_of_check", SCHEMA, '"raced": {', '"races": {'),
+    ("report_of_check", SCHEMA, "143", "144"),
     ("called", COMMANDS, "check --watch https", "check --follow https"),
     ("called", COMMANDS, "lab --stale 5", "lab --stale long"),
-    ("called", "docs/index.md", "tinker-routefix demo", "tinker-routefix race"),
+    ("called", "docs/activation.md", "tinker-routefix status", "tinker-routefix state"),
     (
         "called",
         CONTRIBUTING,
@@ -552,7 +622,21 @@ TAMPERED = [
     ("forms", ".github/ISSUE_TEMPLATE/fault.yml", "Do not paste keys", "Be brief"),
     ("forms", ".github/ISSUE_TEMPLATE/release.yml", "status --json", "status"),
     ("forms", ".github/ISSUE_TEMPLATE/fault.yml", "id: note", "id: log"),
-    ("diagrams", "docs/how-it-works.md", "waits, and later", "waits; later"),
+    ("offline", "docs/troubleshooting.md", "```text", "```mermaid"),
+    ("offline", "docs/quick-start.md", "](images/", "](https://elsewhere.example/images/"),
+    ("offline", "mkdocs.yml", "font: false", "font: true"),
+    (
+        "readme",
+        "README.md",
+        "Changes are",
+        f"{'so ' * 30}changes are",
+    ),
+    ("readme", "README.md", "\n\n", "\n\n\n"),
+    ("readme", "README.md", "the", "the the"),
+    ("readme", "README.md", "ValueError: Error retrieving", "ValueError: Error receiving"),
+    ("readme", "README.md", "](https://pypi.org", "](pypi.org"),
+    ("readme", "README.md", "never adds an execution", "never trains twice"),
+    ("found_by_error_text", TROUBLES, "Error retrieving result", "Error receiving result"),
     ("recipes_are_run", "docs/processes.md", 'title="spawned.py"', 'title="brewed.py"'),
 ]
 """For each check, what it has to complain of: page, text, and what is put in its place."""
@@ -579,9 +663,17 @@ def programs() -> list[Any]:
 
 @pytest.mark.parametrize("program", programs(), ids=str)
 def test_program_in_docs_runs_as_printed(
-    program: Any, lab: Lab, eval_example: Any, capsys: pytest.CaptureFixture[str]
+    program: Any,
+    lab: Lab,
+    eval_example: Any,
+    capsys: pytest.CaptureFixture[str],
+    mocker: MockerFixture,
 ) -> None:
     """Each by itself; `url` is the base URL of a job that is well."""
+    mocker.patch.dict(os.environ)
+    if "configure(" in program.source:
+        # As in a process of its own: a client of an earlier program may still send its telemetry.
+        mocker.patch("tinker_routefix._route.all_routes", return_value=[])
     eval_example.set_config(line_length=100)
     run = eval_example.run_print_check if "#>" in program.source else eval_example.run
     run(program, module_globals={"url": lab.base_url})

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
     MakeLab = Callable[..., Lab]
 
+TRANSPORT = "httpx"
+"""What the labs tell tinker to use. With pyqwest a process, also one of plain tinker, now and then
+aborts when it ends: less than one in a hundred."""
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("[a-z]*.py"))
 
@@ -259,9 +263,9 @@ IMAGES = ROOT / "docs" / "images"
 
 
 SAY = {
-    "check.svg": ["racing: ", "healthy: 20 of 20 probes were answered"],
+    "check.svg": ["racing: ", "healthy: all 20 probes were answered"],
     "demo.svg": ["Cold race", "Mid-training", "everything trained exactly once"],
-    "status.svg": ["is active: all seams of tinker are wrapped", "TINKER_ROUTEFIX_MAX_REPLAYS"],
+    "status.svg": ["can patch tinker", "TINKER_ROUTEFIX_MAX_REPLAYS"],
 }
 
 
@@ -273,8 +277,6 @@ def test_images_are_exactly_those_shown_in_docs() -> None:
         for found in re.findall(r"images/[\w-]+\.svg", page.read_text(encoding="utf-8"))
     }
     assert shown == {image.name for image in IMAGES.iterdir()} == {*SAY}
-    readme = pages[0].read_text(encoding="utf-8")
-    assert all(f"](docs/images/{name})" in readme for name in SAY)
 
 
 @pytest.mark.parametrize("name", SAY)

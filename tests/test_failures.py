@@ -17,6 +17,7 @@ from tests import programs
 from tests.programs import connect, exact, train
 from tinker_routefix import _connections, _log, _sdk
 from tinker_routefix._job import Job
+from tinker_routefix._route import ConnectBudget
 from tinker_routefix.lab import GATEWAY_404, Answer, Fault, Lab
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def test_incomplete_response_is_not_a_gateway_404() -> None:
     assert not _sdk._is_refused(AnsweredError(unread), JOB)
     assert not _sdk._is_refused(AnsweredError(None), JOB)
     assert not _sdk._is_refused(ValueError("no answer at all"), JOB)
-    assert _sdk._cure_in(AnsweredError(unread)) is None
+    not_ready = httpx.Response(503, stream=httpx.ByteStream(b"{}"), request=request)
+    assert not _sdk._is_not_ready(AnsweredError(not_ready))
 
 
 def test_warm_up_of_an_unnamed_model_probes_another_path(lab: Lab) -> None:
@@ -155,7 +157,7 @@ def test_warm_up_of_an_unnamed_model_probes_another_path(lab: Lab) -> None:
 
     async def warm_up(http: Any) -> None:
         lending = getattr(http, _sdk._MARK)
-        await _sdk._warm_up_if_new_model(_sdk._Awaited("CreateModel"), lending, None, None)
+        await _sdk._warm_up(lending, None, None, ConnectBudget())
 
     programs.on_loop(programs.service(lab.base_url), warm_up)
     assert [e.kind for e in lab.exchanges][-3:] == ["capabilities"] * 3

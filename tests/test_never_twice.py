@@ -314,9 +314,9 @@ class Door:
         while True:
             try:
                 client, _ = listener.accept()
-            except OSError:
+                server = socket.create_connection(("127.0.0.1", self._behind))
+            except OSError:  # shut, or the lab is gone
                 return
-            server = socket.create_connection(("127.0.0.1", self._behind))
             self._open += [client, server]
             for one, other in ((client, server), (server, client)):
                 threading.Thread(target=self._pump, args=(one, other), daemon=True).start()

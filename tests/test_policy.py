@@ -6,6 +6,7 @@ The clock is moved by the sleeps of the policies alone, so every wait can be rea
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -15,15 +16,18 @@ import pytest
 
 from tinker_routefix import _control_plane, _log, _sdk, _settings, _warmup
 from tinker_routefix._connections import Lending
-from tinker_routefix._control_plane import Answer, JobState
+from tinker_routefix._control_plane import Answer, Told
+from tinker_routefix._counters import Counters
 from tinker_routefix._job import Job
 from tinker_routefix._retry import Replay, Waiting
-from tinker_routefix._route import Counters, Route
+from tinker_routefix._route import ConnectBudget, Route
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pytest_mock import MockerFixture
+
+    from tinker_routefix._retry import Probe
 
 JOB = Job("https://gateway.example", "acct", "job")
 
@@ -42,7 +46,7 @@ class Clock:
         mocker.patch("random.uniform", lambda _, high: high)
         # It has noted moments of other clocks.
         mocker.patch.object(_log, "_own_failures", _log.RateLimit(seconds=60.0))
-        mocker.patch.object(Route, "pause", self.pause)
+        mocker.patch.object(Route, "pause", lambda on, seconds, **_: self.pause(on, seconds))
         mocker.patch.object(Route, "rest", self.rest)
         self.on_wait: Callable[[float], bool] = lambda _: False
         """Whether the route answers during a wait that began at this moment."""
@@ -51,10 +55,12 @@ class Clock:
         self.now += max(seconds, 0)
         await asyncio.sleep(0)
 
-    async def pause(self, seconds: float, **_: Any) -> bool:
+    async def pause(self, on: Route, seconds: float) -> bool:
         early = self.on_wait(self.now)
         self.waits.append(seconds)
         self.now += 1.0 if early else seconds
+        if early:
+            on.answered(proof=True)
         await asyncio.sleep(0)
         return early
 
@@ -65,35 +71,46 @@ def clock(mocker: MockerFixture) -> Clock:
 
 
 class ControlPlane:
-    """Says what the test wants, and counts how often it was asked."""
+    """Says what the test wants, as the real one does, and counts how often it was asked."""
 
-    def __init__(self, *states: JobState) -> None:
-        self.states = list(states) or [JobState.RUNNING]
+    def __init__(self, *told: Told) -> None:
+        self.told = list(told) or [Told.RUNNING]
         self.questions = 0
         self.ago = 0.0
         """How old its answers are."""
+        self._flight = _control_plane._Flight()
 
     async def ask(self, _: object) -> Answer:
-        state = self.states[min(self.questions, len(self.states) - 1)]
-        self.questions += 1
+        answer = self._flight.answer
+        if time.monotonic() >= answer.ask_again_at:
+            told = self.told[min(self.questions, len(self.told) - 1)]
+            self.questions += 1
+            answer = self._flight.note(told, f"JOB_STATE_{told.name}", 0.0)
         await asyncio.sleep(0)
-        return Answer(state, f"JOB_STATE_{state.name}", time.monotonic() - self.ago)
+        at, since = answer.at - self.ago, answer.since - self.ago
+        return dataclasses.replace(answer, at=at, since=since)
 
 
-def route(*states: JobState, warm: bool = True) -> Route:
-    made = Route(JOB, ControlPlane(*states))  # type: ignore[arg-type]
-    made.warm = warm
-    return made
+def route(*told: Told) -> Route:
+    return Route(JOB, ControlPlane(*told))  # type: ignore[arg-type]
 
 
 async def no_probe() -> None:
     await asyncio.Event().wait()
 
 
-def replay(on: Route, send: Callable[[], Awaitable[Any]], error: Exception | None = None) -> Replay:
+def replay(
+    on: Route,
+    send: Callable[[], Awaitable[Any]],
+    error: Exception | None = None,
+    *,
+    budget: ConnectBudget | None = None,
+) -> Replay:
+    """One of a request that is made later or, with a budget, as a part of connecting."""
     return Replay(
         on,
         error or RefusedError("first"),
+        budget=budget,
         headers={},
         send=send,
         refused=lambda other: isinstance(other, RefusedError),
@@ -101,6 +118,10 @@ def replay(on: Route, send: Callable[[], Awaitable[Any]], error: Exception | Non
         probe=no_probe,
         what="forward_backward",
     )
+
+
+def waiting(on: Route, probe: Probe = no_probe, *, connecting: bool = False) -> Waiting:
+    return Waiting(on, probe, longest=60, connecting=connecting)
 
 
 class Sender:
@@ -178,14 +199,16 @@ def test_retry_budget_spent_exactly_ends_it(clock: Clock, settings: Callable[...
     assert send.sent == 3
 
 
-@pytest.mark.parametrize(("warm", "questions"), [(True, 6), (False, 3)])
-def test_retry_asks_control_plane_before_each_wait_and_after_it_once_warm(
-    clock: Clock, warm: bool, questions: int
+@pytest.mark.parametrize("connecting", [True, False], ids=["at-connect", "later"])
+def test_retry_asks_control_plane_before_and_after_each_wait(
+    clock: Clock, connecting: bool
 ) -> None:
-    """Before each wait; and once there is work to lose, also after it."""
-    on = route(warm=warm)
-    assert asyncio.run(run(replay(on, Sender(None, None, "answer")))) == "answer"
-    assert on.control_plane.questions == questions
+    """The answer after one wait is that before the next: it stays good for a second."""
+    on, budget = route(), ConnectBudget() if connecting else None
+    made = replay(on, Sender(None, None, "answer"), budget=budget)
+    assert asyncio.run(run(made)) == "answer"
+    assert clock.waits == [2, 4, 8]
+    assert on.control_plane.questions == 4
 
 
 @pytest.mark.parametrize("refusals", [0, 1, 2, 3])
@@ -198,48 +221,115 @@ def test_retry_recovers_after_transient_404_when_still_running(clock: Clock, ref
     assert on.counters.given_up == on.counters.failed_fast == 0
 
 
-@pytest.mark.parametrize("state", [JobState.OVER, JobState.ON_ITS_WAY])
-def test_retry_fails_fast_when_job_no_longer_running(clock: Clock, state: JobState) -> None:
-    on, send, error = route(state), Sender("answer"), RefusedError("original")
+@pytest.mark.parametrize(
+    ("told", "waits"),
+    # A 404 of the API's can be that of a replica that does not know the job yet.
+    [(Told.ENDED, []), (Told.STARTING, []), (Told.GONE, [1])],
+)
+def test_retry_fails_fast_when_job_no_longer_running(
+    clock: Clock, told: Told, waits: list[float]
+) -> None:
+    on, send, error = route(told), Sender("answer"), RefusedError("original")
     with pytest.raises(RefusedError) as caught:
         asyncio.run(run(replay(on, send, error)))
     assert caught.value is error
     assert send.sent == 0
-    assert clock.waits == []
+    assert clock.waits == waits
     assert on.counters.failed_fast == 1
-    assert f"JOB_STATE_{state.name}; 0 replays" in error.__notes__[0]
+    assert f"JOB_STATE_{told.name}; 0 replays" in error.__notes__[0]
+
+
+@pytest.mark.parametrize("told", [Told.GONE, Told.QUESTION_REFUSED, Told.NOTHING])
+def test_retry_recovers_after_one_strange_answer(clock: Clock, told: Told) -> None:
+    """Nothing that the control plane says once ends a run, but a state of the job."""
+    on, send = route(told, Told.RUNNING), Sender("answer")
+    assert asyncio.run(run(replay(on, send))) == "answer"
+    assert send.sent == 1
+    assert on.counters.failed_fast == on.counters.given_up == 0
+
+
+def asks_for_real(on: Route, mocker: MockerFixture, answer: Any) -> None:
+    """Have it ask a control plane that answers every question the same."""
+    fetch = mocker.patch.object(_control_plane.ControlPlane, "_fetch")
+    fetch.side_effect = answer if isinstance(answer, Exception) else None
+    fetch.return_value = answer
+    on.control_plane = _control_plane.ControlPlane(JOB)
 
 
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [
-        (401, b'{"error": "unauthorized"}', "HTTP 401"),
+        (401, b'{"error": "unauthorized"}', "the key was refused (HTTP 401)"),
+        (403, b"<html>WAF</html>", "HTTP 403"),
+        (404, b'{"message": "no Route matched with those values"}', "HTTP 404"),
         (200, b"<html>RUNNING</html>", "an answer without a job state"),
-        (200, b'{"state": "JOB_STATE_HIBERNATING"}', "JOB_STATE_HIBERNATING"),
     ],
-    ids=["unauthorized", "unreadable", "new-state"],
+    ids=["unauthorized", "firewall", "kong", "unreadable"],
 )
 def test_retry_fails_fast_when_control_plane_probe_errors(
     clock: Clock, mocker: MockerFixture, status: int, body: bytes, said: str
 ) -> None:
-    """An answer that refuses the question or cannot be read is no proof that the job runs."""
-    mocker.patch.object(_control_plane.ControlPlane, "_fetch", return_value=(status, body))
+    """A refused question, or an answer that cannot be read, twice a second apart is no proof."""
     on, send, error = route(), Sender("answer"), RefusedError("original")
-    on.control_plane = _control_plane.ControlPlane(JOB)
+    asks_for_real(on, mocker, (status, body, None))
     with pytest.raises(RefusedError) as caught:
         asyncio.run(run(replay(on, send, error)))
     assert caught.value is error
     assert send.sent == 0
-    assert clock.waits == []
+    assert clock.waits == [1]
     assert on.counters.failed_fast == 1
     assert f": {said}; 0 replays" in error.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((500, b"{}", None), "HTTP 500"),
+        ((429, b"{}", None), "HTTP 429"),
+        ((408, b"{}", None), "HTTP 408"),
+        ((200, b'{"state": "JOB_STATE_HIBERNATING"}', None), "JOB_STATE_HIBERNATING"),
+        (ConnectionError("refused"), "no answer (ConnectionError)"),
+    ],
+    ids=["failure", "overload", "timeout", "new-state", "no-connection"],
+)
+def test_retry_waits_out_its_budget_when_control_plane_cannot_tell(
+    clock: Clock, mocker: MockerFixture, answer: Any, said: str
+) -> None:
+    """Without proof nothing is sent; the question is put again, ever less often."""
+    on, send, error = route(), Sender("answer"), RefusedError("original")
+    asks_for_real(on, mocker, answer)
+    with pytest.raises(RefusedError) as caught:
+        asyncio.run(run(replay(on, send, error)))
+    assert caught.value is error
+    assert send.sent == 0
+    # The first wait of the policy, and then from question to question.
+    assert clock.waits == pytest.approx([2, 2, 4, 4, 4, 4, 4, 4, 2])
+    assert (on.counters.given_up, on.counters.failed_fast) == (1, 0)
+    assert f": {said}; 0 replays in 30.0 s" in error.__notes__[0]
+
+
+def test_retry_replays_when_the_pod_answers_while_control_plane_cannot_tell(clock: Clock) -> None:
+    """A success of the pod's through the route is proof as well."""
+    clock.on_wait = lambda now: now >= 1008
+    on, send = route(Told.NOTHING), Sender("answer")
+    assert asyncio.run(run(replay(on, send))) == "answer"
+    assert (send.sent, clock.now) == (1, 1009)
+
+
+def test_retry_with_proof_older_than_the_refusal_waits_for_another(clock: Clock) -> None:
+    on, send = route(Told.RUNNING, Told.NOTHING, Told.NOTHING, Told.RUNNING), Sender("answer")
+    on.answered(proof=True)
+    on.control_plane.ago = 0.5  # type: ignore[attr-defined]
+    clock.now += 0.1
+    assert asyncio.run(run(replay(on, send))) == "answer"
+    assert on.control_plane.questions == 4
 
 
 def test_retry_sends_nothing_when_job_ends_during_the_wait(clock: Clock) -> None:
     """RUNNING before the wait, deleted after it: nothing is sent."""
     send = Sender("trained twice")
     with pytest.raises(RefusedError, match="first"):
-        asyncio.run(run(replay(route(JobState.RUNNING, JobState.OVER), send)))
+        asyncio.run(run(replay(route(Told.RUNNING, Told.ENDED), send)))
     assert send.sent == 0
     assert clock.waits == [2]
 
@@ -256,15 +346,17 @@ def test_retry_propagates_non_404_immediately(clock: Clock, error: BaseException
     assert not getattr(error, "__notes__", None)
 
 
-def test_retry_released_early_replays_twice_and_uses_no_counted_wait(clock: Clock) -> None:
-    """Seven early releases that meet the 404 again: no full wait is used up by them."""
+def test_retry_released_early_uses_no_counted_wait_and_asks_no_more(clock: Clock) -> None:
+    """Ten early releases that meet the 404 again: no full wait is used up by them."""
     clock.on_wait = lambda now: now < 1010
-    send = Sender(*[None] * 14, "answer")
-    assert asyncio.run(run(replay(route(), send))) == "answer"
-    # One second of the clock's own in each, and half of one before its second replay.
-    assert clock.waits == [2] * 8
-    assert send.sent == 15
-    assert clock.now == 1000 + 7 * 1.5 + 2
+    on, send = route(), Sender(*[None] * 10, "answer")
+    assert asyncio.run(run(replay(on, send))) == "answer"
+    # One second of the clock's own in each.
+    assert clock.waits == [2] * 11
+    assert send.sent == 11
+    assert clock.now == 1012
+    # At the start, after the first release, and after the full wait: probes tell as much.
+    assert on.control_plane.questions == 3
 
 
 def test_retry_with_max_replays_zero_sends_nothing(
@@ -277,42 +369,111 @@ def test_retry_with_max_replays_zero_sends_nothing(
     assert send.sent == 0
 
 
-@pytest.mark.parametrize("state", [JobState.RUNNING, JobState.ON_ITS_WAY, JobState.UNKNOWN])
-def test_connect_with_persistent_404_waits_out_its_budget(clock: Clock, state: JobState) -> None:
-    on, send = route(state, warm=False), Sender(None)
+NO_END = [Told.RUNNING, Told.STARTING, Told.NOTHING, Told.QUESTION_REFUSED]
+"""What is waited for at connect: no proof is needed, for there is nothing to lose."""
+
+
+@pytest.mark.parametrize("told", NO_END)
+def test_connect_with_persistent_404_waits_out_its_budget(clock: Clock, told: Told) -> None:
+    on, send = route(told), Sender(None)
     with pytest.raises(RefusedError):
-        asyncio.run(run(replay(on, send)))
+        asyncio.run(run(replay(on, send, budget=ConnectBudget())))
     assert clock.waits[:5] == [2, 4, 8, 8, 8]
     assert sum(clock.waits) == pytest.approx(120)
+    assert send.sent == len(clock.waits)
     assert on.counters.given_up == 1
 
 
-def test_calls_at_connect_share_one_budget(clock: Clock) -> None:
-    on = route(warm=False)
+def test_connect_waits_thousands_of_times_without_overflow(
+    clock: Clock, settings: Callable[..., None]
+) -> None:
+    """`2.0**1024` is no float any more: two hours of 8 s."""
+    settings(warmup_timeout=10_000)
+    with pytest.raises(RefusedError):
+        asyncio.run(run(replay(route(), Sender(None), budget=ConnectBudget())))
+    assert len(clock.waits) > 1_024
+    assert sum(clock.waits) == pytest.approx(10_000)
+
+
+def test_calls_of_one_client_share_its_connect_budget(clock: Clock) -> None:
+    on, budget = route(), ConnectBudget()
 
     async def both() -> None:
         with pytest.raises(RefusedError):
-            await run(replay(on, Sender(None)))
+            await run(replay(on, Sender(None), budget=budget))
         waited = sum(clock.waits)
         with pytest.raises(RefusedError):
-            await run(replay(on, Sender(None)))
+            await run(replay(on, Sender(None), budget=budget))
         assert sum(clock.waits) == waited
 
     asyncio.run(both())
 
 
-def test_connect_budget_comes_back_after_a_quiet_minute(clock: Clock) -> None:
-    on = route(warm=False)
-    with pytest.raises(RefusedError):
-        asyncio.run(run(replay(on, Sender(None))))
-    clock.now += 61
-    assert asyncio.run(run(replay(on, Sender(None, "answer")))) == "answer"
+def test_next_client_has_a_whole_connect_budget_at_once(clock: Clock) -> None:
+    """Though the one before it has failed: a program that connects again every 10 s."""
+    on = route()
+    for number in (1, 2):
+        with pytest.raises(RefusedError):
+            asyncio.run(run(replay(on, Sender(None), budget=ConnectBudget())))
+        assert sum(clock.waits) == pytest.approx(number * 120)
 
 
-def test_connect_to_an_ended_job_fails_fast(clock: Clock) -> None:
+def test_connect_budget_runs_from_the_first_404(clock: Clock) -> None:
+    budget = ConnectBudget()
+    clock.now += 50
+    assert (budget.used, budget.left(120)) == (False, 120)
+    budget.start()
+    clock.now += 50
+    assert (budget.used, budget.left(120)) == (True, 70)
+    budget.start()
+    assert budget.left(120) == 70
+
+
+@pytest.mark.parametrize(("told", "waits"), [(Told.ENDED, [2]), (Told.GONE, [1])])
+def test_connect_to_an_ended_job_fails_fast(clock: Clock, told: Told, waits: list[float]) -> None:
+    on, send = route(told), Sender("answer")
     with pytest.raises(RefusedError):
-        asyncio.run(run(replay(route(JobState.OVER, warm=False), Sender("answer"))))
-    assert clock.waits == []
+        asyncio.run(run(replay(on, send, budget=ConnectBudget())))
+    assert clock.waits == waits
+    assert send.sent == 0
+    assert on.counters.failed_fast == 1
+
+
+def test_connect_to_a_job_that_is_being_resumed_waits_for_it(clock: Clock) -> None:
+    """It shows the old state for a while."""
+    on, send = route(Told.ENDED, Told.STARTING, Told.RUNNING), Sender(None, "answer")
+    assert asyncio.run(run(replay(on, send, budget=ConnectBudget()))) == "answer"
+    assert on.counters.recovered == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "connecting", "seconds", "ends"),
+    [
+        (Told.RUNNING, False, 60, False),
+        (Told.RUNNING, True, 60, False),
+        (Told.NOTHING, False, 60, False),
+        (Told.NOTHING, True, 60, False),
+        (Told.STARTING, False, 0, True),
+        (Told.STARTING, True, 60, False),
+        (Told.ENDED, False, 0, True),
+        (Told.ENDED, True, 0, False),
+        (Told.ENDED, True, 1.5, False),
+        (Told.ENDED, True, 2, True),
+        (Told.GONE, False, 0, False),
+        (Told.GONE, False, 1, True),
+        (Told.GONE, True, 0.8, False),
+        (Told.GONE, True, 1, True),
+        (Told.QUESTION_REFUSED, False, 0.8, False),
+        (Told.QUESTION_REFUSED, False, 1, True),
+        (Told.QUESTION_REFUSED, True, 60, False),
+    ],
+)
+def test_answer_ends_the_wait_once_it_was_heard_for_long_enough(
+    clock: Clock, told: Told, connecting: bool, seconds: float, ends: bool
+) -> None:
+    wait = waiting(route(), connecting=connecting)
+    wait.answer = Answer(told, "said", clock.now, clock.now - seconds)
+    assert wait.ended() is ends
 
 
 def test_forty_concurrent_retries_keep_their_own_errors_and_counts(
@@ -355,8 +516,14 @@ class FakeProber:
         await asyncio.sleep(0)
         await self.send()
 
+    proves = True
+    """Whether a success of its probes shows that the pod is at work."""
+
     def refused(self, error: BaseException) -> bool:
         return isinstance(error, RefusedError)
+
+    async def is_the_pods(self, _: BaseException) -> bool:
+        return False
 
     def headers(self, _: BaseException) -> dict[str, str]:
         return {}
@@ -365,16 +532,16 @@ class FakeProber:
         return isinstance(error, RefusedError | ValueError)
 
 
-def warm_up(on: Route, prober: FakeProber) -> None:
+def warm_up(on: Route, prober: FakeProber, budget: ConnectBudget | None = None) -> None:
     @asynccontextmanager
     async def open_prober() -> Any:
         yield prober
 
-    asyncio.run(_warmup.warm_up(on, open_prober))
+    asyncio.run(_warmup.warm_up(on, open_prober, budget or ConnectBudget()))
 
 
 def test_warmup_returns_after_required_consecutive_successes(clock: Clock) -> None:
-    on, prober = route(warm=False), FakeProber("ok")
+    on, prober = route(), FakeProber("ok")
     warm_up(on, prober)
     assert prober.send.sent == 3
     assert clock.waits == []
@@ -383,7 +550,7 @@ def test_warmup_returns_after_required_consecutive_successes(clock: Clock) -> No
 
 def test_warmup_recovers_after_transient_404s(clock: Clock) -> None:
     # Three at once at first, and then one after the other, up to the first that fails.
-    on, prober = route(warm=False), FakeProber("ok", "ok", None, "ok", None, "ok", "ok", "ok")
+    on, prober = route(), FakeProber("ok", "ok", None, "ok", None, "ok", "ok", "ok")
     warm_up(on, prober)
     assert prober.send.sent == 8
     assert clock.waits == [2, 4]
@@ -392,7 +559,7 @@ def test_warmup_recovers_after_transient_404s(clock: Clock) -> None:
 
 
 def test_warmup_raises_on_persistent_404_after_timeout(clock: Clock) -> None:
-    on = route(warm=False)
+    on = route()
     with pytest.raises(TimeoutError) as caught:
         warm_up(on, FakeProber(None))
     assert isinstance(caught.value.__cause__, RefusedError)
@@ -403,47 +570,61 @@ def test_warmup_raises_on_persistent_404_after_timeout(clock: Clock) -> None:
 
 
 def test_warmup_has_only_the_connect_budget_that_is_left(clock: Clock) -> None:
-    on = route(warm=False)
-    assert asyncio.run(run(replay(on, Sender(None, None, None, "answer")))) == "answer"
+    on, budget = route(), ConnectBudget()
+    model = replay(on, Sender(None, None, None, "answer"), budget=budget)
+    assert asyncio.run(run(model)) == "answer"
     spent = sum(clock.waits)
     with pytest.raises(TimeoutError):
-        warm_up(on, FakeProber(None))
+        warm_up(on, FakeProber(None), budget)
     assert sum(clock.waits) == pytest.approx(120)
     assert spent == 22
 
 
 @pytest.mark.parametrize("script", [(ValueError("500"),), ("ok", ValueError("500"), "ok")])
 def test_warmup_skips_on_non_404_error(clock: Clock, script: tuple[Any, ...]) -> None:
-    on, prober = route(warm=False), FakeProber(*script)
+    on, prober = route(), FakeProber(*script)
     warm_up(on, prober)
     assert prober.send.sent == 3
     assert not on.warm
 
 
-def test_warmup_of_an_ended_job_fails_fast(clock: Clock) -> None:
-    on = route(JobState.OVER, warm=False)
+@pytest.mark.parametrize(("told", "waits"), [(Told.ENDED, [2]), (Told.GONE, [1])])
+def test_warmup_of_an_ended_job_fails_fast(clock: Clock, told: Told, waits: list[float]) -> None:
+    on = route(told)
     with pytest.raises(RefusedError) as caught:
         warm_up(on, FakeProber(None))
-    assert clock.waits == []
-    assert "JOB_STATE_OVER" in caught.value.__notes__[0]
+    assert clock.waits == waits
+    assert f"JOB_STATE_{told.name}" in caught.value.__notes__[0]
+    assert (on.counters.failed_fast, on.warm) == (1, False)
 
 
-@pytest.mark.parametrize("state", [JobState.RUNNING, JobState.ON_ITS_WAY, JobState.UNKNOWN])
-def test_warmup_waits_unless_the_job_has_ended(clock: Clock, state: JobState) -> None:
-    on = route(state, warm=False)
+@pytest.mark.parametrize("told", NO_END)
+def test_warmup_waits_unless_the_job_has_ended(clock: Clock, told: Told) -> None:
+    on = route(told)
     warm_up(on, FakeProber(None, None, None, "ok"))
     assert on.warm
+
+
+def test_warmup_with_a_404_of_the_pods_own_ends(clock: Clock, mocker: MockerFixture) -> None:
+    """Of unknown shape, and over a connection that answers other probes."""
+    on, prober = route(), FakeProber(None)
+    mocker.patch.object(prober, "is_the_pods", return_value=True)
+    warm_up(on, prober)
+    assert clock.waits == []
+    assert on.control_plane.questions == 0
+    assert not on.warm
+    assert on.counters == Counters(probes=3, warmups=1)
 
 
 def test_warmup_with_zero_successes_sends_nothing(
     clock: Clock, settings: Callable[..., None]
 ) -> None:
     settings(warmup_successes=0)
-    on, prober = route(warm=False), FakeProber(None)
+    on, prober = route(), FakeProber(None)
     warm_up(on, prober)
     assert prober.send.sent == 0
     # So nothing is known of the route.
-    assert on.connecting
+    assert not on.warm
     assert on.counters.warmups == 0
 
 
@@ -456,9 +637,9 @@ def test_warmup_failure_of_its_own_does_not_stop_the_connect(
         yield
 
     with pytest.raises(OSError, match="too many"):
-        asyncio.run(_warmup.warm_up(route(), broken))
+        asyncio.run(_warmup.warm_up(route(), broken, ConnectBudget()))
     settings(strict=False)
-    asyncio.run(_warmup.warm_up(route(), broken))
+    asyncio.run(_warmup.warm_up(route(), broken, ConnectBudget()))
     assert "shim.failed" in overheard.events
 
 
@@ -468,12 +649,12 @@ def test_warmup_failure_of_its_own_does_not_stop_the_connect(
 def test_one_answer_releases_all_waiters() -> None:
     async def program() -> list[int]:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
-        waits = [Waiting(on, no_probe, longest=60) for _ in range(100)]
+        waits = [waiting(on) for _ in range(100)]
         with on.incident():
             sleeping = [asyncio.ensure_future(wait.sleep(60)) for wait in waits]
             await asyncio.sleep(0.05)
             assert on.sleepers == 100
-            on.answered()
+            on.answered(proof=False)
             await asyncio.wait_for(asyncio.gather(*sleeping), 10)
         assert on.sleepers == 0
         return [wait.full_waits for wait in waits]
@@ -484,13 +665,13 @@ def test_one_answer_releases_all_waiters() -> None:
 def test_answer_since_the_refusal_ends_the_wait_and_an_older_one_does_not() -> None:
     async def program() -> None:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
-        on.answered()
+        on.answered(proof=False)
         await asyncio.sleep(0.01)
-        wait = Waiting(on, no_probe, longest=60)
+        wait = waiting(on)
         with on.incident():
             await wait.sleep(0.05)
             assert wait.full_waits == 1
-            on.answered()
+            on.answered(proof=False)
             await asyncio.wait_for(wait.sleep(60), 10)
             assert wait.full_waits == 1
 
@@ -509,7 +690,7 @@ def test_prober_ends_with_the_incident() -> None:
                 ended.set()
 
         with on.incident():
-            await Waiting(on, probe, longest=60).sleep(0.02)
+            await waiting(on, probe).sleep(0.02)
         await asyncio.wait_for(ended.wait(), 10)
 
     asyncio.run(program())
@@ -528,7 +709,7 @@ def test_prober_releases_waiters_on_any_answer_but_a_gateway_404(
             yield prober
 
         with on.incident():
-            wait = Waiting(on, _warmup.light_prober(on, open_prober), longest=60)
+            wait = waiting(on, _warmup.light_prober(on, open_prober))
             await wait.sleep(1.0)
         return wait.full_waits
 

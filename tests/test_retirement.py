@@ -18,8 +18,7 @@ from tests import programs
 from tests.conftest import run_python
 from tests.programs import connect, exact, forward_backward, train
 from tinker_routefix import _report
-from tinker_routefix._route import Counters
-from tinker_routefix._verdict import Cure
+from tinker_routefix._counters import Counters
 from tinker_routefix.lab import Answer, Fault, Lab
 
 MakeLab = Callable[..., Lab]
@@ -42,6 +41,10 @@ try:
 except Exception as error:
     print(type(error).__name__)
 """
+
+TRANSPORT = "httpx"
+"""What the labs tell tinker to use. With pyqwest a process, also one of plain tinker, now and then
+aborts when it ends: less than one in a hundred."""
 
 
 def last_words(lab: Lab, **environment: str) -> list[str]:
@@ -69,7 +72,7 @@ def test_final_report_after_a_404_at_warm_up_counts_it(make_lab: MakeLab) -> Non
 def test_final_report_after_a_failed_request_counts_it(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.fault(Fault(kinds=["forward_backward"]))
-    lab.control_plane.mode = "error"
+    lab.control_plane.state = "JOB_STATE_DELETED"
     (line,) = last_words(lab)
     assert line.startswith("met 1 gateway 404 on 1 job, 1 failed fast, longest wait ")
 
@@ -95,7 +98,7 @@ def test_final_report_of_a_healthy_process_is_silent(make_lab: MakeLab, switch: 
     ],
 )
 def test_final_report_sums_up_all_outcomes(counters: list[Counters], text: str) -> None:
-    assert text in _report.report(counters, jobs=len(counters))
+    assert text in _report.report(counters)
 
 
 def test_cancelled_request_is_counted_as_cancelled(make_lab: MakeLab) -> None:
@@ -194,8 +197,10 @@ def test_503_route_not_ready_releases_no_waiter(make_lab: MakeLab) -> None:
     assert programs.job_of(lab).recovered == 1
 
 
-def test_distinct_code_for_a_stale_route_is_survived(make_lab: MakeLab, plain: Plain) -> None:
-    """An SDK that does not know the code still takes it for final, so the shim is needed."""
+def test_404_with_a_code_of_its_own_for_a_stale_route_is_survived(
+    make_lab: MakeLab, plain: Plain
+) -> None:
+    """An SDK that does not know the code treats it as fatal, so the shim is needed."""
 
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)
@@ -207,7 +212,7 @@ def test_distinct_code_for_a_stale_route_is_survived(make_lab: MakeLab, plain: P
     lab = make_lab()
     run(lab)
     exact(lab, gradients=1, optim_steps=1)
-    assert programs.job_of(lab).cure == "distinct code"
+    assert programs.job_of(lab).cure is None
 
 
 def test_gone_job_fails_fast_and_shows_no_fixed_gateway(make_lab: MakeLab, plain: Plain) -> None:
@@ -238,14 +243,6 @@ def test_final_report_after_503_route_not_ready_says_the_shim_can_go(make_lab: M
     exact(lab, gradients=1, optim_steps=0)
 
 
-def test_final_report_after_a_distinct_code_says_until_when_it_is_needed(make_lab: MakeLab) -> None:
-    lab = make_lab()
-    lab.fault(Fault(kinds=["forward_backward"], answer=STALE, count=1))
-    report, retire = last_words(lab)
-    assert report.startswith("met 1 gateway 404 on 1 job, all recovered")
-    assert "can go once the SDK knows that code: delete the import" in retire
-
-
 def test_half_fixed_gateway_is_not_reported_as_fixed() -> None:
-    words = _report.retirement({Cure.ROUTE_NOT_READY.value}, needed=True)
+    words = _report.retirement(needed=True)
     assert "can go once it does so for all, so that no 404 is met any more: delete" in words

@@ -23,7 +23,7 @@ from tests.common import CANARIES, CANARY, RUNNING, Listener, http, leaks
 from tests.conftest import of_the_shim, run_python
 from tests.programs import exact, train
 from tinker_routefix import RoutefixWarning, SettingError, _control_plane, _log, _route, events
-from tinker_routefix._control_plane import Address, Answer, ControlPlane, JobState
+from tinker_routefix._control_plane import Address, Answer, ControlPlane, JobState, Manager, Told
 from tinker_routefix._job import Job
 from tinker_routefix._settings import Settings
 from tinker_routefix.lab import Answer as HttpAnswer
@@ -173,16 +173,19 @@ def test_leak_in_status_is_noticed(
 ) -> None:
     async def look() -> list[str]:
         route = _route.route_to(Job(JOB.gateway, "acct", CANARY if shown == "job" else "job-1"))
+        flight = route.control_plane._flight(Address("", None, verify=True), {})
         if shown == "counter":
             route.counters.replays = CANARY  # type: ignore[assignment]
         if shown == "answer":
-            route.control_plane._answer = Answer(JobState.OVER, CANARY, 0.0)
+            flight.answer = Answer(Told.ENDED, CANARY, 0.0)
         if shown == "address":
-            known = {"gateway": lambda: Address(f"https://{CANARY}.example", None, verify=True)}
-            monkeypatch.setattr(_control_plane, "_known", known)
+            address = Address(f"https://{CANARY}.example", None, verify=True)
+            known = {"gateway": [Manager(lambda: address)]}
+            monkeypatch.setattr(_control_plane, "_managers", known)
         found = overheard.leaks()
-        # A route is forgotten with its loop.
-        route.control_plane._answer = _control_plane.NOT_ASKED
+        # Its counters outlive it.
+        route.counters.replays = 0
+        _route._counters.clear()
         return found
 
     assert [found for found in asyncio.run(look()) if "in status" in found]
@@ -392,15 +395,14 @@ def test_control_plane_is_asked_only_over_https_or_on_loopback(
     asked: bool,
     by: str,
 ) -> None:
-    monkeypatch.setattr(_control_plane, "_known", {})
     settings(strict=False)
     if configured is not None and by == "settings":
         settings(control_plane_url=configured)
     elif configured is not None:
         address = Address(f"{configured}/", None, verify=True)
-        _control_plane.learn(f"{gateway}/", lambda: address)
+        _control_plane.register(f"{gateway}/", Manager(lambda: address))
     # No host but this one may be asked here.
-    fetch = mocker.patch.object(ControlPlane, "_fetch", return_value=(200, RUNNING))
+    fetch = mocker.patch.object(ControlPlane, "_fetch", return_value=(200, RUNNING, None))
     answer = ask(Job(gateway, "acct", "job-1"))
     assert (answer.state is JobState.RUNNING) is asked
     assert (answer.said == NOT_ASKED) is not asked
@@ -414,13 +416,13 @@ def test_control_plane_is_asked_only_over_https_or_on_loopback(
 def test_insecure_control_plane_of_a_manager_is_not_asked(
     monkeypatch: pytest.MonkeyPatch, overheard: Overheard, root: str
 ) -> None:
-    monkeypatch.setattr(_control_plane, "_known", {})
-    _control_plane.learn(JOB.gateway, lambda: Address(root, {"x-api-key": CANARY}, verify=True))
+    address = Address(root, {"x-api-key": CANARY}, verify=True)
+    _control_plane.register(JOB.gateway, Manager(lambda: address))
     control_plane = ControlPlane(JOB)
 
     async def questions() -> set[str]:
         first = await control_plane.ask({})
-        control_plane._answer = _control_plane.NOT_ASKED
+        control_plane._flights.clear()
         return {first.said, (await control_plane.ask({})).said}
 
     assert asyncio.run(questions()) == {NOT_ASKED}
@@ -431,17 +433,17 @@ def test_insecure_control_plane_of_a_manager_is_not_asked(
 def test_managers_url_is_asked_without_its_credentials(
     monkeypatch: pytest.MonkeyPatch, overheard: Overheard
 ) -> None:
-    monkeypatch.setattr(_control_plane, "_known", {})
     with Listener() as listener:
         root = with_credentials(f"{listener.url}/eu/", query=True)
         address = Address(root, {"x-api-key": CANARY}, verify=True)
-        _control_plane.learn(with_credentials(JOB.gateway), lambda: address)
+        _control_plane.register(with_credentials(JOB.gateway), Manager(lambda: address))
         assert ask(JOB, {"X-API-Key": HEADER}).state is JobState.RUNNING
         (heard,) = listener.heard
     assert heard.startswith(b"GET /eu/v1/accounts/acct/rlorTrainerJobs/job-1 HTTP/1.1\r\n")
     assert leaks(heard) == ["the key"]
     assert overheard.requests
-    monkeypatch.undo()
+    # The address is as the program wrote it, and so would be shown.
+    _control_plane._managers.clear()
 
 
 def test_insecure_control_plane_warns_at_the_first_connect(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,7 +49,6 @@ def test_settings_of_an_empty_environment_are_the_defaults() -> None:
         retry_budget=30,
         control_plane_url=None,
         control_plane_timeout=5,
-        match="gateway",
     )
 
 
@@ -62,8 +65,11 @@ def test_empty_variable_counts_as_unset(variable: str) -> None:
         ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "0", 0),
         ("TINKER_ROUTEFIX_WARMUP_TIMEOUT", "0.5", 0.5),
         ("TINKER_ROUTEFIX_MAX_REPLAYS", " 7 ", 7),
+        ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "32", 32),
+        ("TINKER_ROUTEFIX_MAX_REPLAYS", "1000", 1000),
         ("TINKER_ROUTEFIX_RETRY_BUDGET", "1e2", 100.0),
-        ("TINKER_ROUTEFIX_MATCH", "ANY", "any"),
+        ("TINKER_ROUTEFIX_RETRY_BUDGET", "86400", 86400.0),
+        ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "https://api.example/v1x", "https://api.example/v1x"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "https://api.example/", "https://api.example"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "HTTPS://API.Example:443", "https://api.example"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "http://127.0.0.1:81/x", "http://127.0.0.1:81/x"),
@@ -91,7 +97,11 @@ def test_valid_value_is_read_and_normalised(variable: str, text: str, value: obj
         ("TINKER_ROUTEFIX_MAX_DELAY", "15s"),
         ("TINKER_ROUTEFIX_RETRY_BUDGET", "half a minute"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_TIMEOUT", "0"),
-        ("TINKER_ROUTEFIX_MATCH", "pod"),
+        ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "33"),
+        ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "3000"),
+        ("TINKER_ROUTEFIX_MAX_REPLAYS", "1001"),
+        ("TINKER_ROUTEFIX_WARMUP_TIMEOUT", "1e9"),
+        ("TINKER_ROUTEFIX_RETRY_BUDGET", "86401"),
     ],
 )
 def test_invalid_value_is_refused_by_name_and_value(variable: str, text: str) -> None:
@@ -133,14 +143,107 @@ def test_invalid_url_is_refused_and_not_repeated(url: str) -> None:
     assert "secret-key" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "bound"),
+    [
+        ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "a whole number from 0 to 32"),
+        ("TINKER_ROUTEFIX_MAX_REPLAYS", "a whole number from 0 to 1000"),
+        ("TINKER_ROUTEFIX_WARMUP_TIMEOUT", "a number of seconds above 0, at most 86400"),
+    ],
+)
+def test_value_beyond_its_bound_is_refused_and_the_bound_is_said(variable: str, bound: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        Settings.from_environment({variable: "100000"})
+    assert caught.value.expected == bound
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://api.example/v1",
+        "https://api.example/v1/",
+        "https://api.example/eu/v1",
+        "https://api.example/v1/accounts",
+        "https://api.example/v1/accounts/a/rlorTrainerJobs/secret-key",
+    ],
+)
+def test_url_that_contains_v1_is_refused_by_name(url: str) -> None:
+    """The questions add that: nobody would answer there, and its 404s ended runs."""
+    with pytest.raises(SettingError, match="up to, not including, /v1") as caught:
+        Settings.from_environment({"TINKER_ROUTEFIX_CONTROL_PLANE_URL": url})
+    assert caught.value.value == "https://api.example/…/v1"
+
+
 def test_refused_url_is_named_by_its_host() -> None:
     with pytest.raises(SettingError, match=r"CONTROL_PLANE_URL='http://api\.example:81' is not"):
         Settings.from_environment({"TINKER_ROUTEFIX_CONTROL_PLANE_URL": "http://API.example:81/v2"})
 
 
-def test_misspelt_variable_warns() -> None:
-    with pytest.warns(tinker_routefix.RoutefixWarning, match="TINKER_ROUTEFIX_MAX_REPLAY "):
-        Settings.from_environment({"TINKER_ROUTEFIX_MAX_REPLAY": "3"})
+UNKNOWN = {
+    "TINKER_ROUTEFIX_MAX_REPLAY": "did you mean TINKER_ROUTEFIX_MAX_REPLAYS?",
+    "TINKER_ROUTEFIX_WARMUP_TIMOUT": "did you mean TINKER_ROUTEFIX_WARMUP_TIMEOUT?",
+    "TINKER_ROUTEFIX_AUTO_LOAD": "did you mean TINKER_ROUTEFIX_AUTOLOAD?",
+    "TINKER_ROUTEFIX_X": "the settings are TINKER_ROUTEFIX, TINKER_ROUTEFIX_AUTOLOAD, ",
+}
+
+
+def import_it(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program that imports the shim and prints `on`."""
+    program = "import tinker_routefix; print('on')"
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("TINKER_ROUTEFIX")}
+    return subprocess.run(
+        [sys.executable, *options, "-c", program],
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("variable", UNKNOWN)
+def test_an_unknown_variable_is_warned_of_with_a_suggestion(variable: str) -> None:
+    ended = import_it(**{variable: "a-secret"})
+    assert (ended.returncode, ended.stdout) == (0, "on\n")
+    assert f"RoutefixWarning: {variable} is not a setting of tinker_routefix" in ended.stderr
+    assert UNKNOWN[variable] in ended.stderr
+    assert "a-secret" not in ended.stderr
+
+
+def test_an_unknown_variable_does_not_break_an_import_with_warnings_as_errors() -> None:
+    ended = import_it("-W", "error", TINKER_ROUTEFIX_MAX_REPLAY="3")
+    assert (ended.returncode, ended.stdout) == (0, "on\n")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("tinker_routefix: TINKER_ROUTEFIX_MAX_REPLAY is not a setting")
+
+
+def test_an_unknown_variable_without_stderr_is_passed_over() -> None:
+    program = (
+        "import sys; sys.stderr = None; import warnings; warnings.simplefilter('error')\n"
+        "import tinker_routefix; print('on')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TINKER_ROUTEFIX_STRICT": "", "TINKER_ROUTEFIX_X": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "on\n")
+
+
+@pytest.mark.parametrize("variable", UNKNOWN)
+def test_an_unknown_variable_is_an_error_where_it_is_strict(variable: str) -> None:
+    ended = import_it(**{variable: "a-secret", "TINKER_ROUTEFIX_STRICT": "1"})
+    assert (ended.returncode, ended.stdout) == (1, "")
+    last = ended.stderr.splitlines()[-1]
+    assert f"SettingError: {variable} is not a setting of tinker_routefix" in last
+    assert UNKNOWN[variable] in last
+    assert "a-secret" not in ended.stderr
+    with pytest.raises(SettingError) as caught:
+        Settings.from_environment({variable: "x", "TINKER_ROUTEFIX_STRICT": "1"})
+    assert caught.value.name == variable
 
 
 @pytest.fixture
@@ -164,9 +267,16 @@ def test_configure_with_an_invalid_value_raises_setting_error(bad: dict[str, Any
 
 
 @pytest.mark.usefixtures("unconnected")
-@pytest.mark.parametrize("name", ["retries", "enabled"])
-def test_configure_with_an_unknown_name_raises_type_error(name: str) -> None:
-    with pytest.raises(TypeError, match="retry_budget"):
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("retries", "the settings are .*retry_budget"),
+        ("enabled", "the settings are .*retry_budget"),
+        ("retry_bugdet", r"did you mean retry_budget\?"),
+    ],
+)
+def test_configure_checks_names(name: str, suggestion: str) -> None:
+    with pytest.raises(TypeError, match=suggestion):
         tinker_routefix.configure(**{name: 1})
 
 
@@ -175,13 +285,12 @@ def test_settings_attributes_are_read_only() -> None:
         _settings.current().strict = True  # type: ignore[misc]
 
 
-def test_readme_lists_every_setting_with_its_default() -> None:
-    from pathlib import Path
-
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_settings_has_every_setting_with_its_default() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text(encoding="utf-8")
+    table = page.partition("| variable | default |")[2].partition("\n\n")[0]
     rows = {
         cells[1].strip().strip("`"): cells[2].strip().strip("`")
-        for line in readme.splitlines()
+        for line in table.splitlines()
         if line.startswith("| `TINKER_ROUTEFIX")
         for cells in [line.split("|")]
     }
@@ -194,3 +303,9 @@ def test_readme_lists_every_setting_with_its_default() -> None:
         else:
             shown = "" if default is None else f"{default:g}" if field.type == "float" else default
         assert rows[variable] == str(shown), variable
+
+
+def test_retired_variable_is_accepted_with_one_line() -> None:
+    ended = import_it(TINKER_ROUTEFIX_MATCH="any", TINKER_ROUTEFIX_STRICT="1")
+    assert (ended.returncode, ended.stdout) == (0, "on\n")
+    assert "RoutefixWarning: TINKER_ROUTEFIX_MATCH no longer has an effect" in ended.stderr

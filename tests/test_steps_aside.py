@@ -130,8 +130,8 @@ def test_error_is_not_delayed_while_another_client_gets_through(
     assert programs.job_of(lab).route != "given up"
 
 
-@pytest.mark.parametrize("mode", ["drop", "hang", "rubbish", "error", "slow_drip", "redirect"])
-def test_request_fails_fast_when_control_plane_cannot_tell(
+@pytest.mark.parametrize("mode", ["rubbish", "redirect", "unauthorized"])
+def test_request_fails_fast_when_control_plane_refuses_the_question(
     make_lab: MakeLab, plain: Plain, mode: Any
 ) -> None:
     def run(lab: Lab) -> BaseException:
@@ -144,10 +144,27 @@ def test_request_fails_fast_when_control_plane_cannot_tell(
 
     with plain():
         expected = run(make_lab())
+    lab = make_lab()
     with programs.took(0, 20):
-        error = run(make_lab())
+        error = run(lab)
     assert type(error) is type(expected) is tinker.NotFoundError
     assert "0 replays" in programs.notes(error)
+    assert lab.control_plane.questions == 2, "one strange answer ends nothing"
+
+
+@pytest.mark.parametrize("mode", ["drop", "hang", "error", "slow_drip"])
+def test_request_waits_for_its_budget_when_control_plane_cannot_tell(
+    make_lab: MakeLab, settings: Callable[..., None], mode: Any
+) -> None:
+    settings(retry_budget=4, control_plane_timeout=1)
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.stale(float("inf"))
+    lab.control_plane.mode = mode
+    with programs.took(3, 20), pytest.raises(tinker.NotFoundError) as caught:
+        forward_backward(client).result(programs.PATIENCE)
+    assert "0 replays" in programs.notes(caught.value)
+    assert lab.count("forward_backward") == 1
 
 
 @pytest.mark.long
@@ -232,18 +249,6 @@ def test_pod_404_for_a_missing_config_endpoint_is_left_to_tinker(
     with programs.took(0, 20):
         assert run(lab) == expected
     assert lab.control_plane.questions == 0
-
-
-def test_pod_404_with_match_any_is_asked_about(
-    make_lab: MakeLab, settings: Callable[..., None]
-) -> None:
-    settings(match="any", retry_budget=2)
-    lab = make_lab()
-    client = connect(lab.base_url)
-    with pytest.raises(tinker.NotFoundError, match="Checkpoint") as caught:
-        programs.load(client, "tinker://nowhere/weights/nothing")
-    assert "JOB_STATE_RUNNING" in programs.notes(caught.value)
-    assert lab.control_plane.questions >= 1
 
 
 # --- Everything else ---------------------------------------------------------------------

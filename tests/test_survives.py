@@ -6,6 +6,8 @@ The judge is the lab's ledger: what the trainer carried out, against what was as
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,6 +24,8 @@ from tinker_routefix.lab import Answer, Fault, Lab
 
 if TYPE_CHECKING:
     from pytest_mock import MockerFixture
+
+    from tinker_routefix.lab import Exchange
 
 MakeLab = Callable[..., Lab]
 Plain = Callable[[], AbstractContextManager[None]]
@@ -53,11 +57,18 @@ def test_cold_race_is_survived(make_lab: MakeLab, plain: Plain) -> None:
     assert programs.job_of(lab).route == "warm"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_replicas_healing_one_after_another_are_survived(make_lab: MakeLab, plain: Plain) -> None:
     def run(lab: Lab) -> None:
+        # From the first request on, however long a busy machine takes until then.
+        times: list[float] = []
+
+        def stale(seconds: float, exchange: Exchange) -> bool:
+            times.append(exchange.at)
+            return exchange.at - times[0] < seconds
+
         for replica, seconds in enumerate((2, 5, 9)):
-            lab.stale(seconds, replica)
+            lab.fault(Fault(replica=replica, when=functools.partial(stale, seconds)))
         train(connect(lab.base_url), 5)
 
     with plain():
@@ -213,7 +224,6 @@ def test_submission_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str, 
         ("JOB_STATE_RUNNING", True),
         ("JOB_STATE_RE_QUEUEING", False),
         ("JOB_STATE_PAUSED", False),
-        ("JOB_STATE_UNSPECIFIED", False),
     ],
 )
 def test_forward_backward_retries_only_when_running(
@@ -330,7 +340,7 @@ def test_flapping_route_is_survived(make_lab: MakeLab, plain: Plain) -> None:
     assert lab.count(refused=True) >= 5
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_outage_with_a_hundred_futures_in_flight_is_survived(
     make_lab: MakeLab, plain: Plain, mocker: MockerFixture
 ) -> None:
@@ -363,7 +373,7 @@ def test_outage_with_a_hundred_futures_in_flight_is_survived(
     assert 2 <= replacements.call_count <= 20
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_half_of_the_replicas_stale_for_20_seconds_is_survived(
     make_lab: MakeLab, plain: Plain
 ) -> None:
@@ -374,8 +384,10 @@ def test_half_of_the_replicas_stale_for_20_seconds_is_survived(
         lab.stale(20, replica=0)
         end = time.monotonic() + 20
         while time.monotonic() < end:
-            # Nothing is in flight: every step begins on new connections.
+            # Nothing is in flight: every step begins on new connections, once tinker has seen it.
+            # A request on one that is just being closed may have been carried out.
             lab.drop_connections()
+            time.sleep(0.2)
             train_pipelined(client, 2)
 
     with plain():
@@ -405,22 +417,22 @@ def test_replay_is_the_same_request_over_a_fresh_connection(make_lab: MakeLab) -
     exact(lab, gradients=1, optim_steps=1)
 
 
-@pytest.mark.long
-def test_replay_is_sent_only_after_a_question(make_lab: MakeLab) -> None:
+@pytest.mark.slow
+def test_replay_is_sent_only_with_proof_younger_than_the_refusal(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
     lab.fault(Fault(kinds=["optim_step"], seconds=8))
     train(client)
-    events = [(e.kind, e.at) for e in lab.exchanges if e.kind in ("optim_step", "control_plane")]
-    replays = [at for kind, at in events if kind == "optim_step"][1:]
-    questions = [at for kind, at in events if kind == "control_plane"]
-    assert replays
-    for replay in replays:
-        # The answer stays good for a second; the rest is the machine's.
-        assert any(0 <= replay - question < 4 for question in questions), events
+    sent = [e.at for e in lab.exchanges if e.kind == "optim_step"]
+    proofs = [
+        e.at for e in lab.exchanges if e.kind in ("control_plane", "get_info") and e.status == 200
+    ]
+    assert len(sent) > 2
+    for refused, replayed in itertools.pairwise(sent):
+        assert any(refused <= proof <= replayed for proof in proofs), (refused, replayed, proofs)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_repeatedly_refused_request_is_sent_at_most_twice_a_second(make_lab: MakeLab) -> None:
     """The prober's path answers all the time, the request's does not: two a second at most."""
     lab = make_lab()
@@ -439,7 +451,7 @@ def test_lost_control_plane_question_does_not_end_the_run(make_lab: MakeLab, kin
     lab.fault(Fault(kinds=["control_plane"], at="control_plane", hang=True, count=1))
     lab.fault(Fault(kinds=[kind], seconds=1))
     train(client)
-    assert lab.control_plane.questions >= 2
+    assert lab.control_plane.questions >= 1
     exact(lab, gradients=1, optim_steps=1)
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tinker_routefix._control_plane import JobState, read_answer, state_of
+from tinker_routefix._control_plane import JobState, Told, read_answer, state_of
 from tinker_routefix._job import Job, base_of
-from tinker_routefix._verdict import MAX_BODY, Cure, Verdict, cure_in, of_body
+from tinker_routefix._verdict import MAX_BODY, Verdict, is_route_not_ready, of_body
 
 # Threads of clients that other tests have left draw their own numbers meanwhile.
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
@@ -143,7 +143,7 @@ def test_random_bytes_never_raise(noise: bytes, start: int, end: int) -> None:
     assert of_body(noise) in Verdict
     body = json.dumps(GATEWAY).encode()
     assert of_body(body[:start] + noise + body[end:]) in Verdict
-    assert read_answer(200, noise)[0] in JobState
+    assert read_answer(200, noise)[0] in Told
 
 
 ROUTE = "/training/v1/rlorTrainerJobs/acct/job-1"
@@ -356,35 +356,86 @@ def test_job_state_words_give_their_class(state: JobState, words: list[str]) -> 
     for word in words:
         assert state_of(f"JOB_STATE_{word}") is state
         assert state_of(word) is state
-        assert read_answer(200, json.dumps({"state": f"JOB_STATE_{word}"}).encode())[0] is state
+        assert (
+            read_answer(200, json.dumps({"state": f"JOB_STATE_{word}"}).encode())[0].state is state
+        )
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "state"),
+    ("status", "body", "told"),
     [
-        (404, b'{"error": {"code": "NOT_FOUND"}}', JobState.OVER),
-        (410, b"{}", JobState.OVER),
-        (403, b"", JobState.OVER),
-        (404, b"<html>nginx</html>", JobState.UNKNOWN),
-        (401, b"{}", JobState.UNKNOWN),
-        (302, b"", JobState.UNKNOWN),
-        (429, b"{}", JobState.UNKNOWN),
-        (500, b'{"state": "JOB_STATE_RUNNING"}', JobState.UNKNOWN),
-        (204, b'{"state": "JOB_STATE_RUNNING"}', JobState.UNKNOWN),
-        (200, b"", JobState.UNKNOWN),
-        (200, b"null", JobState.UNKNOWN),
-        (200, b"[]", JobState.UNKNOWN),
-        (200, b"{}", JobState.UNKNOWN),
-        (200, b'{"state": 2}', JobState.UNKNOWN),
-        (200, b'{"state": ["JOB_STATE_RUNNING"]}', JobState.UNKNOWN),
-        (200, b"\xff", JobState.UNKNOWN),
-        (200, b"[" * 50_000, JobState.UNKNOWN),
+        # About the job: in the API's own shape, a `google.rpc.Status`.
+        (404, b'{"code": 5, "message": "no such job", "details": []}', Told.GONE),
+        (404, b'{"code": "NOT_FOUND"}', Told.GONE),
+        (404, b'{"error": {"code": "NOT_FOUND"}}', Told.GONE),
+        (404, b'{"error": {"code": 404, "status": "NOT_FOUND"}}', Told.GONE),
+        (403, b'{"code": 7, "message": "permission denied"}', Told.GONE),
+        (403, b'{"error": {"code": 403, "status": "PERMISSION_DENIED"}}', Told.GONE),
+        # An API may hide a job that is not visible, and name one that is not there.
+        (404, b'{"code": 7}', Told.GONE),
+        (403, b'{"code": 5}', Told.GONE),
+        # Anybody else's: Kong, FastAPI, AWS, a firewall, nginx, Google's own frontend.
+        (404, b'{"message": "no Route matched with those values"}', Told.QUESTION_REFUSED),
+        (404, b'{"detail": "Not Found"}', Told.QUESTION_REFUSED),
+        (404, b'{"error": {"code": 404, "message": "x"}}', Told.QUESTION_REFUSED),
+        (404, b'{"error": "NOT_FOUND"}', Told.QUESTION_REFUSED),
+        (404, b'{"code": ["NOT_FOUND"], "status": null}', Told.QUESTION_REFUSED),
+        (404, b'[{"code": 5}]', Told.QUESTION_REFUSED),
+        (404, b"<html>nginx</html>", Told.QUESTION_REFUSED),
+        (404, b"", Told.QUESTION_REFUSED),
+        (403, b'{"message": "Missing Authentication Token"}', Told.QUESTION_REFUSED),
+        (403, b'{"message": "Forbidden"}', Told.QUESTION_REFUSED),
+        (403, b"<html>Request blocked</html>", Told.QUESTION_REFUSED),
+        (403, b"", Told.QUESTION_REFUSED),
+        # Right shape, another status.
+        (410, b'{"code": 5}', Told.QUESTION_REFUSED),
+        (400, b'{"code": 5}', Told.QUESTION_REFUSED),
+        (500, b'{"code": 5}', Told.NOTHING),
+        (200, b'{"code": 5}', Told.QUESTION_REFUSED),
+        # The question itself.
+        (401, b"{}", Told.QUESTION_REFUSED),
+        (400, b"{}", Told.QUESTION_REFUSED),
+        (405, b"{}", Told.QUESTION_REFUSED),
+        (302, b"", Told.QUESTION_REFUSED),
+        (204, b'{"state": "JOB_STATE_RUNNING"}', Told.QUESTION_REFUSED),
+        # An answer that cannot be read.
+        (200, b"", Told.QUESTION_REFUSED),
+        (200, b"null", Told.QUESTION_REFUSED),
+        (200, b"[]", Told.QUESTION_REFUSED),
+        (200, b"{}", Told.QUESTION_REFUSED),
+        (200, b'{"state": 2}', Told.QUESTION_REFUSED),
+        (200, b'{"state": ["JOB_STATE_RUNNING"]}', Told.QUESTION_REFUSED),
+        (200, b"\xff", Told.QUESTION_REFUSED),
+        (200, b"[" * 50_000, Told.QUESTION_REFUSED),
+        # Nothing for now.
+        (408, b"{}", Told.NOTHING),
+        (429, b"{}", Told.NOTHING),
+        (500, b'{"state": "JOB_STATE_RUNNING"}', Told.NOTHING),
+        (502, b"", Told.NOTHING),
+        (503, b"", Told.NOTHING),
+        (504, b"", Told.NOTHING),
+        (200, b'{"state": "JOB_STATE_HIBERNATING"}', Told.NOTHING),
+        # A state.
+        (200, b'{"state": "JOB_STATE_RUNNING"}', Told.RUNNING),
+        (200, b'{"state": "JOB_STATE_CREATING"}', Told.STARTING),
+        (200, b'{"state": "JOB_STATE_PAUSED"}', Told.ENDED),
     ],
 )
-def test_control_plane_status_and_body_give_the_state(
-    status: int, body: bytes, state: JobState
+def test_control_plane_status_and_body_give_what_it_tells(
+    status: int, body: bytes, told: Told
 ) -> None:
-    assert read_answer(status, body)[0] is state
+    assert read_answer(status, body)[0] is told
+
+
+@pytest.mark.parametrize("told", Told)
+def test_every_kind_of_answer_means_a_job_state(told: Told) -> None:
+    known = {
+        Told.RUNNING: JobState.RUNNING,
+        Told.STARTING: JobState.ON_ITS_WAY,
+        Told.ENDED: JobState.OVER,
+        Told.GONE: JobState.OVER,
+    }
+    assert told.state is known.get(told, JobState.UNKNOWN)
 
 
 @pytest.mark.parametrize(
@@ -404,12 +455,12 @@ def test_control_plane_status_and_body_give_the_state(
 )
 def test_malformed_state_word_is_not_repeated(word: str) -> None:
     answer = read_answer(200, json.dumps({"state": word}).encode())
-    assert answer == (JobState.UNKNOWN, "a strange state")
+    assert answer == (Told.NOTHING, "a strange state")
 
 
 def test_new_state_word_is_shown() -> None:
     answer = read_answer(200, b'{"state": "JOB_STATE_HIBERNATING"}')
-    assert answer == (JobState.UNKNOWN, "JOB_STATE_HIBERNATING")
+    assert answer == (Told.NOTHING, "JOB_STATE_HIBERNATING")
 
 
 STATES = st.sampled_from(["JOB_STATE_RUNNING", "RUNNING", "JOB_STATE_FAILED", "JOB_STATE_X"])
@@ -427,7 +478,7 @@ def test_only_a_200_that_says_running_is_running(status: int, document: Any, spe
         "RUNNING",
     )
     state, said = read_answer(status, spelt(document, spelling))
-    assert (state is JobState.RUNNING) == (status == 200 and said_so)
+    assert (state is Told.RUNNING) == (status == 200 and said_so)
     assert said.isprintable()
     assert len(said) <= 80
 
@@ -436,39 +487,38 @@ def test_only_a_200_that_says_running_is_running(status: int, document: Any, spe
 
 
 @pytest.mark.parametrize(
-    ("status", "document", "cure"),
+    ("status", "document", "fixed"),
     [
-        (503, {"queue_state": "route_not_ready"}, Cure.ROUTE_NOT_READY),
-        (503, {"error": {"queue_state": "route_not_ready"}}, Cure.ROUTE_NOT_READY),
-        (503, {"detail": {"queue_state": "route_not_ready"}}, Cure.ROUTE_NOT_READY),
-        (503, {"queue_state": "paused"}, None),
-        (503, {"error": {"code": "ROUTE_STALE"}}, None),
-        (503, [], None),
-        (503, None, None),
-        (404, {"error": {"code": "ROUTE_STALE"}}, Cure.DISTINCT_CODE),
-        (410, {"error": {"code": "ROUTE_STALE"}}, Cure.DISTINCT_CODE),
-        (404, {"error": {"code": "NOT_FOUND"}}, None),
-        (404, {"error": {"code": 7}}, None),
-        (404, {"error": "ROUTE_STALE"}, None),
-        (404, {"detail": "Not Found"}, None),
-        (404, {"queue_state": "route_not_ready"}, None),
-        (404, None, None),
-        (429, {"queue_state": "route_not_ready", "error": {"code": "ROUTE_STALE"}}, None),
+        (503, {"queue_state": "route_not_ready"}, True),
+        (503, {"error": {"queue_state": "route_not_ready"}}, True),
+        (503, {"detail": {"queue_state": "route_not_ready"}}, True),
+        (503, {"queue_state": "paused"}, False),
+        (503, {"error": {"code": "ROUTE_STALE"}}, False),
+        (503, [], False),
+        (503, None, False),
+        (404, {"error": {"code": "ROUTE_STALE"}}, False),
+        (404, {"error": {"code": "NOT_FOUND"}}, False),
+        (404, {"error": {"code": 7}}, False),
+        (404, {"error": "ROUTE_STALE"}, False),
+        (404, {"detail": "Not Found"}, False),
+        (404, {"queue_state": "route_not_ready"}, False),
+        (404, None, False),
+        (429, {"queue_state": "route_not_ready", "error": {"code": "ROUTE_STALE"}}, False),
     ],
 )
 def test_fixed_gateway_is_recognised_by_status_and_body(
-    status: int, document: Any, cure: Cure | None
+    status: int, document: Any, fixed: bool
 ) -> None:
     body = b"\xff{" if document is None else json.dumps(document).encode()
-    assert cure_in(status, body) is cure
+    assert is_route_not_ready(status, body) is fixed
 
 
 def test_body_over_the_size_limit_shows_no_fixed_gateway() -> None:
     body = json.dumps({"queue_state": "route_not_ready", "more": "x" * MAX_BODY})
-    assert cure_in(503, body.encode()) is None
+    assert not is_route_not_ready(503, body.encode())
 
 
 @fuzz
 @given(st.sampled_from([404, 410, 503]), st.binary(max_size=200) | st.text().map(str.encode))
 def test_looking_for_a_fixed_gateway_never_raises(status: int, body: bytes) -> None:
-    cure_in(status, body)
+    is_route_not_ready(status, body)

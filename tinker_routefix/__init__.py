@@ -99,7 +99,7 @@ def configure(**settings: "Any") -> None:
     """Override settings from the program, before the first client connects.
 
     Args:
-        settings: Names and values as in the README's table, without the prefix and in
+        settings: Names and values as in docs/settings.md, without the prefix and in
             lower case: ``configure(retry_budget=60)``. Durations are in seconds.
 
     Raises:

@@ -6,18 +6,20 @@ stale replica. So a client over which a 404 came is *spoiled*: the first request
 a fresh connection has it replaced in its pool, everyone else shares the replacement, and
 the retired client is closed once nobody uses it any more. With 100 requests waiting, a
 client for each of them was measured at 520 connections and a loop that stood still for 2 s;
-so there are at most two replacements a second, however many requests are refused.
+so there are at most two replacements a second, however many requests are refused, and a replay
+waits for one of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import _log, _settings
+from . import _log, _settings, _threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,8 +35,11 @@ class Pool(Protocol):
     def replacement(self) -> Callable[[], Any] | None:
         """What makes a new client of this pool, or None where the pool's must be kept."""
 
-    def swap(self, old: Any, new: Lending) -> None:
-        """Put a new client where the old one was, if it still is there."""
+    def swap(self, old: Any, new: Lending) -> bool:
+        """Put a new client where the old one was; False where the pool has been closed."""
+
+    async def answers(self, client: Any) -> bool:
+        """Whether a new client's connection answers a probe."""
 
     async def close(self, client: Any) -> None:
         """Close a client that has been taken out of the pool."""
@@ -43,21 +48,23 @@ class Pool(Protocol):
 class _Pace:
     """At most two replacements of a client and what comes after it within a second.
 
-    Two, because a request that is released early has two tries at once.
+    Two, because a request that is released early has two tries within that.
     """
 
     def __init__(self) -> None:
         self._taken: deque[float] = deque((float("-inf"),) * 2, maxlen=2)
 
-    def take(self) -> bool:
+    def take(self) -> float:
+        """Take a turn, or say in how many seconds there is one."""
         now = time.monotonic()
-        if now - self._taken[0] < 1.0:
-            return False
-        self._taken.append(now)
-        return True
+        wait = self._taken[0] + 1.0 - now
+        if wait <= 0:
+            self._taken.append(now)
+        return wait
 
 
 _closing: set[asyncio.Task[None]] = set()
+_background: set[asyncio.Task[Any]] = set()
 
 
 class Lending:
@@ -84,15 +91,30 @@ class Lending:
     async def fresh(self) -> Lending:
         """A client over which no 404 has come; one replacement is made for all who ask.
 
-        Or, where two have been made within the last second already, the newer of them.
+        Where two have been made within the last second already, it is waited for the next: a
+        replay over a connection that has just refused would ask the same stale replica.
         """
-        lending = self.latest()
-        if lending.spoiled:
-            if lending._replacing is None and lending._pace.take():
-                lending._replacing = asyncio.ensure_future(lending._replace())
-            if lending._replacing is not None:
-                await asyncio.shield(lending._replacing)
-        return lending.latest()
+        while (lending := self.latest()).spoiled:
+            if lending._replacing is None:
+                wait = lending._pace.take()
+                if wait > 0:
+                    await asyncio.sleep(wait)
+                    continue
+                lending._replacing = asyncio.get_running_loop().create_task(
+                    # In a context of its own: a task keeps its context, and that what it holds.
+                    lending._replace(),
+                    context=contextvars.Context(),
+                )
+            await asyncio.shield(lending._replacing)
+        return lending
+
+    def renew(self) -> None:
+        """Have it replaced in the background, for a request that is not replayed."""
+        renewing = asyncio.get_running_loop().create_task(
+            self.fresh(), context=contextvars.Context()
+        )
+        _background.add(renewing)
+        renewing.add_done_callback(_background.discard)
 
     def __enter__(self) -> Lending:
         """The client is in use, and must stay open meanwhile."""
@@ -114,15 +136,17 @@ class Lending:
                 self.senders.discard(task)
 
     async def _replace(self) -> None:
-        make = self.pool.replacement()
         try:
-            if make is None:
+            client = await self._new_client()
+            if client is None:
                 # The user's own HTTP client: not ours to replace. Go on with it.
                 self.spoiled = False
                 return
-            # Off the loop: a new client reads the certificates, 5 to 25 ms.
-            successor = Lending(await asyncio.to_thread(make), self.pool, self._pace)
-            self.pool.swap(self.client, successor)
+            successor = Lending(client, self.pool, self._pace)
+            if not self.pool.swap(self.client, successor):
+                self.spoiled = False
+                await self.pool.close(client)
+                return
         except Exception as error:  # noqa: BLE001 - a connection is never worth a new error
             # Go on with the old client: it may have a stale connection, but it works.
             self.spoiled = False
@@ -133,19 +157,44 @@ class Lending:
         self.successor = successor
         self._close_if_retired()
 
+    async def _new_client(self) -> Any:
+        """One whose connection has been seen to answer, if two tries find one.
+
+        Where some replicas know the route, its connection leads to one of them. Two tries at once,
+        because a load balancer that takes turns leads the second one elsewhere.
+        """
+        make = self.pool.replacement()
+        if make is None:
+            return None
+        # Off the loop: a new client reads the certificates, 5 to 25 ms.
+        client = await _threads.run(make)
+        if await self.pool.answers(client):
+            return client
+        _close_later(self.pool, client)
+        client = await _threads.run(make)
+        await self.pool.answers(client)
+        return client
+
     def _close_if_retired(self) -> None:
         if self.successor is not None and not self._users:
-            closing = asyncio.ensure_future(self._close())
-            _closing.add(closing)
-            closing.add_done_callback(_closing.discard)
+            _close_later(self.pool, self.client)
 
-    async def _close(self) -> None:
-        try:
-            await self.pool.close(self.client)
-        except Exception as error:  # noqa: BLE001 - nobody uses it any more
-            _log.event(
-                logging.DEBUG,
-                "connection.close_failed",
-                f"closing a retired connection failed with {type(error).__name__}",
-                job=str(self.pool.route.job),
-            )
+
+def _close_later(pool: Pool, client: Any) -> None:
+    closing = asyncio.get_running_loop().create_task(
+        _close(pool, client), context=contextvars.Context()
+    )
+    _closing.add(closing)
+    closing.add_done_callback(_closing.discard)
+
+
+async def _close(pool: Pool, client: Any) -> None:
+    try:
+        await pool.close(client)
+    except Exception as error:  # noqa: BLE001 - nobody uses it any more
+        _log.event(
+            logging.DEBUG,
+            "connection.close_failed",
+            f"closing a retired connection failed with {type(error).__name__}",
+            job=str(pool.route.job),
+        )

@@ -55,7 +55,9 @@ def event(
             fields["skipped"] = skipped
             text = f"{text} ({skipped} more like this were not logged)"
     extra = {f"routefix_{key}": value for key, value in fields.items()}
-    logger.log(level, "%s: %s", name, text, extra={"routefix_event": name, **extra})
+    # A handler or filter of the program's that raises must not end a request of its run.
+    with contextlib.suppress(Exception):
+        logger.log(level, "%s: %s", name, text, extra={"routefix_event": name, **extra})
 
 
 def warn(name: str, message: str, **fields: Any) -> None:
@@ -86,4 +88,5 @@ def own_failure(doing: str, error: BaseException, *, strict: bool) -> None:
         limit=_own_failures,
         error=type(error).__name__,
     )
-    logger.debug("shim.failed: %s", "".join(traceback.format_tb(error.__traceback__)))
+    with contextlib.suppress(Exception):
+        logger.debug("shim.failed: %s", "".join(traceback.format_tb(error.__traceback__)))

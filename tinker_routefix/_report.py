@@ -12,11 +12,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from . import _log
-from ._verdict import Cure
 from .events import counted
 
 if TYPE_CHECKING:
-    from ._route import Counters
+    from ._counters import Counters
 
 _HOW = (
     "delete the import of tinker_routefix, or unset TINKER_ROUTEFIX_AUTOLOAD, and uninstall the "
@@ -33,19 +32,15 @@ def at_exit() -> None:
 def _say() -> None:
     from . import _route  # which imports this module
 
-    routes = _route.all_routes()
-    needed = [route for route in routes if route.counters.refused]
+    counters = _route.all_counters().values()
+    needed = [one for one in counters if one.refused]
     if needed:
-        # Two event loops of a process can have a route to the same job.
-        jobs = {route.job for route in needed}
-        text = report([route.counters for route in needed], jobs=len(jobs))
-        _log.event(logging.INFO, "process.report", text)
-    cures = {route.counters.cure for route in routes if route.counters.cure is not None}
-    if cures:
-        _log.event(logging.INFO, "process.retire", retirement(cures, needed=bool(needed)))
+        _log.event(logging.INFO, "process.report", report(needed))
+    if any(one.cure for one in counters):
+        _log.event(logging.INFO, "process.retire", retirement(needed=bool(needed)))
 
 
-def report(counters: list[Counters], *, jobs: int) -> str:
+def report(counters: list[Counters]) -> str:
     """What was met on the routes that needed help, and what came of it."""
     met = sum(route.refused for route in counters)
     ends = {
@@ -59,17 +54,15 @@ def report(counters: list[Counters], *, jobs: int) -> str:
     outcome = "all recovered" if came == [f"{ends['recovered']} recovered"] else ", ".join(came)
     longest = max(route.longest_wait for route in counters)
     return (
-        f"met {counted(met, 'gateway 404')} on {counted(jobs, 'job')}, "
+        f"met {counted(met, 'gateway 404')} on {counted(len(counters), 'job')}, "
         f"{outcome or 'none recovered'}, longest wait {longest:.1f} s"
     )
 
 
-def retirement(cures: set[str], *, needed: bool) -> str:
+def retirement(*, needed: bool) -> str:
     """Whether the shim can go, and how."""
-    if Cure.ROUTE_NOT_READY.value in cures:
-        seen = "the gateway answers 503 route_not_ready for a stale route: the SDK repeats that"
-        until = "once it does so for all, so that no 404 is met any more" if needed else ""
-    else:
-        seen = "the gateway tells a stale route from a job that is gone by a code of its own"
-        until = "once the SDK knows that code"
-    return f"{seen}; tinker_routefix can go {until + ': ' if until else 'now: '}{_HOW}"
+    until = "once it does so for all, so that no 404 is met any more: " if needed else "now: "
+    return (
+        "the gateway answers 503 route_not_ready for a stale route: the SDK repeats that; "
+        f"tinker_routefix can go {until}{_HOW}"
+    )

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
+import contextvars
 import os
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from . import _report
 from ._control_plane import ControlPlane
+from ._counters import Counters
 from ._log import RateLimit
 from ._submissions import RaisedSteps
 
@@ -31,78 +32,68 @@ if TYPE_CHECKING:
 DRAIN = 30.0
 """Seconds that tinker before 0.38 holds a fatal exception back while telemetry is refused."""
 
-FORGIVEN_AFTER = 60.0
-"""Seconds without trouble after which connecting has its whole budget again; for processes
-that never create a training client and so are never seen warm."""
+REMEMBERED = 256
+"""Jobs whose counters are kept when no client uses them any more."""
 
 AT_ONCE = 4
 """Requests that stop waiting in one turn of the event loop. Making and sending one again takes
 up to a millisecond: with 1,000 at once, the loop was measured to stand still for 3 s."""
 
 
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """What the shim has met and done for one job; only ever growing."""
+class ConnectBudget:
+    """How long one client may wait for the route while it connects.
 
-    refused: int = 0
-    """404s of the gateway, or of unknown origin, met by the program's requests and warm-ups."""
-    probes: int = 0
-    """Requests of our own: warm-up and light prober."""
-    replays: int = 0
-    recovered: int = 0
-    """Requests that were refused and got through in the end."""
-    given_up: int = 0
-    """Requests that were refused until their budget was spent."""
-    uncertain: int = 0
-    """Requests that were not replayed because an earlier try may have been carried out."""
-    failed_fast: int = 0
-    """Requests that were handed their 404 because the control plane did not say RUNNING."""
-    cancelled: int = 0
-    """Requests that the program itself gave up while they waited."""
-    telemetry_dropped: int = 0
-    """Telemetry batches of a job that is gone, dropped instead of re-sent."""
-    longest_wait: float = 0.0
-    """From a request's first 404 to its end, or for a warm-up that met one."""
-    warmups: int = 0
-    warmup_seconds: float = 0.0
-    """Time that creating training clients spent on warming up, all together."""
-    last_intervention: float | None = None
-    """When a 404 was last met (seconds since the epoch)."""
-    cure: str | None = None
-    """A cure that the gateway was seen to have: see :class:`._verdict.Cure`."""
+    A service client (config, token, session) has one, and so has each training client (the
+    checkpoint's weights_info, model, warm-up). It runs from the first 404, and no other client
+    makes it longer or shorter.
+    """
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self.ended = False
+        """Connecting is over; what was started meanwhile and goes on is something else."""
+
+    def start(self) -> None:
+        """Note that a 404 was received."""
+        if self._began is None:
+            self._began = time.monotonic()
+
+    def left(self, budget: float) -> float:
+        """Seconds that are left of a budget."""
+        return budget if self._began is None else budget - (time.monotonic() - self._began)
+
+    @property
+    def used(self) -> bool:
+        """Whether a 404 was received."""
+        return self._began is not None
 
 
 class Route:
     """What one event loop knows of the route to one job."""
 
-    def __init__(self, job: Job, control_plane: ControlPlane) -> None:
+    def __init__(
+        self, job: Job, control_plane: ControlPlane, counters: Counters | None = None
+    ) -> None:
         self.job = job
         self.control_plane = control_plane
-        self.counters = Counters()
+        self.counters = counters or Counters()
         self.limit = RateLimit(seconds=5.0)
         self.raised = RaisedSteps()
         self.warm = False
-        """A warm-up has succeeded."""
-        self.worked = False
-        """A training or sampling request has been made: from now on there is work to lose."""
+        """A warm-up has succeeded, and the job has not been said to have ended since."""
         self.model_id: str | None = None
         self.given_up = False
         """A program was handed a 404 and nothing has come through since."""
         self._given_up_at = float("-inf")
         self.answered_at = float("-inf")
+        self.proven_at = float("-inf")
+        """When the pod last answered a request through the route with success."""
         self.last_probe = float("-inf")
         self._troubled = 0
-        self._incident_began = 0.0
-        self._incident_ended = float("-inf")
-        self._connect_spent = 0.0
-        self._sleepers: dict[asyncio.Future[None], float] = {}
+        self._sleepers: set[asyncio.Future[None]] = set()
+        self._paced = 0
         self._leaving: deque[asyncio.Future[None]] = deque()
         self._prober: asyncio.Task[None] | None = None
-
-    @property
-    def connecting(self) -> bool:
-        """Nothing has been trained yet, and the route has not been seen warm."""
-        return not self.warm and not self.worked
 
     @property
     def watched(self) -> bool:
@@ -120,18 +111,11 @@ class Route:
     @property
     def sleepers(self) -> int:
         """How many requests wait for the route at this moment."""
-        return len(self._sleepers)
-
-    def connect_spent(self) -> float:
-        """Seconds that connecting has waited for the route so far."""
-        running = time.monotonic() - self._incident_began if self._troubled else 0.0
-        return self._connect_spent + running
+        return len(self._sleepers) + self._paced
 
     def became_warm(self) -> None:
-        """Note that the warm-up succeeded, and give the next one a budget of its own."""
+        """Note that the warm-up succeeded."""
         self.warm = True
-        self._connect_spent = 0.0
-        self._incident_began = time.monotonic()
 
     def refused(self) -> None:
         """Note that the program, or a warm-up in its place, met a 404 that is not the pod's."""
@@ -149,32 +133,32 @@ class Route:
         self.given_up = True
         self._given_up_at = time.monotonic()
 
-    def answered(self) -> None:
-        """Note that something came through the route, and release all who wait for it."""
+    def answered(self, *, proof: bool) -> None:
+        """Note that something came through the route, and release all who wait for it.
+
+        Args:
+            proof: Whether it proves that the pod is at work: a success of ``get_info`` or of a
+                request of the program's.
+        """
         self.answered_at = time.monotonic()
+        if proof:
+            self.proven_at = self.answered_at
         self.given_up = False
-        for sleeper, not_before in self._sleepers.items():
-            self._wake(sleeper, not_before - self.answered_at)
+        for sleeper in self._sleepers:
+            self._leave(sleeper)
         self._sleepers.clear()
 
     @contextlib.contextmanager
     def incident(self) -> Iterator[None]:
         """A request has been refused and is not through yet."""
-        if not self._troubled:
-            self._incident_began = time.monotonic()
-            if self._incident_began - self._incident_ended > FORGIVEN_AFTER:
-                self._connect_spent = 0.0
         self._troubled += 1
         try:
             yield
         finally:
             self._troubled -= 1
-            if not self._troubled:
-                self._incident_ended = time.monotonic()
-                self._connect_spent += self._incident_ended - self._incident_began
-                if self._prober is not None:
-                    self._prober.cancel()
-                    self._prober = None
+            if not self._troubled and self._prober is not None:
+                self._prober.cancel()
+                self._prober = None
 
     async def pause(
         self,
@@ -198,21 +182,30 @@ class Route:
             Whether the wait ended early.
         """
         if self._prober is None or self._prober.done():
-            self._prober = asyncio.ensure_future(probe())
-        asked = time.monotonic()
-        earliest = min(not_before - asked, seconds)
-        if self.answered_at >= since:
-            await self.rest(earliest)
-            return True
-        sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._sleepers[sleeper] = asked + earliest
-        timer = self._wake(sleeper, seconds)
-        try:
-            await sleeper
-        finally:
-            timer.cancel()
-            self._sleepers.pop(sleeper, None)
-        return self.answered_at >= since
+            # In a context of its own: a task keeps its context, and that what it holds.
+            self._prober = asyncio.get_running_loop().create_task(
+                _run(probe), context=contextvars.Context()
+            )
+        ends = time.monotonic() + seconds
+        if self.answered_at < since:
+            sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._sleepers.add(sleeper)
+            timer = self._wake(sleeper, seconds)
+            try:
+                await sleeper
+            finally:
+                timer.cancel()
+                self._sleepers.discard(sleeper)
+        early = self.answered_at >= since
+        if early:
+            # It counts as a waiter still: were there no probes meanwhile, probes and replays would
+            # take turns, and behind a balancer that does so too meet the same replicas for ever.
+            self._paced += 1
+            try:
+                await self.rest(min(not_before, ends) - time.monotonic())
+            finally:
+                self._paced -= 1
+        return early
 
     async def rest(self, seconds: float) -> None:
         """Wait for so long, whatever happens on the route."""
@@ -250,20 +243,45 @@ class Route:
             asyncio.get_running_loop().call_soon(self._let_go)
 
 
+async def _run(probe: Callable[[], Awaitable[None]]) -> None:
+    await probe()
+
+
 _lock = threading.Lock()
-_routes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Job, Route]] = (
-    weakref.WeakKeyDictionary()
-)
+_routes: weakref.WeakKeyDictionary[
+    asyncio.AbstractEventLoop, weakref.WeakValueDictionary[Job, Route]
+] = weakref.WeakKeyDictionary()
+"""Those that a client uses; a route goes with the last pool of clients that leads to it."""
+_counters: OrderedDict[Job, Counters] = OrderedDict()
+"""By job, the last used one last. They outlive the routes: that a process has not needed the shim
+for a month is what its removal is decided by."""
 
 
 def route_to(job: Job) -> Route:
     """The running loop's route to a job; made when it is first asked for."""
     loop = asyncio.get_running_loop()
     with _lock:
-        routes = _routes.setdefault(loop, {})
-        if job not in routes:
-            routes[job] = Route(job, ControlPlane(job))
-        return routes[job]
+        routes = _routes.setdefault(loop, weakref.WeakValueDictionary())
+        route = routes.get(job)
+        if route is None:
+            counters = _counters.setdefault(job, Counters())
+            _counters.move_to_end(job)
+            route = routes[job] = Route(job, ControlPlane(job, counters), counters)
+            _forget_unused()
+        return route
+
+
+def _forget_unused() -> None:
+    used = {job for routes in _routes.values() for job in routes}
+    for job in [job for job in _counters if job not in used][:-REMEMBERED]:
+        dropped = _counters.pop(job).last_intervention
+        # Not when the process last needed the shim.
+        if dropped is not None:
+            _dropped.last_intervention = max(_dropped.last_intervention or 0.0, dropped)
+
+
+_dropped = Counters()
+"""What is left of counters that were dropped."""
 
 
 def all_routes() -> list[Route]:
@@ -272,11 +290,25 @@ def all_routes() -> list[Route]:
         return [route for routes in _routes.values() for route in routes.values()]
 
 
+def all_counters() -> dict[Job, Counters]:
+    """What was met and done for each job, also for those that no client uses any more."""
+    with _lock:
+        return dict(_counters)
+
+
+def last_intervention() -> float | None:
+    """When any job last needed help (seconds since the epoch); None: never."""
+    moments = [one.last_intervention for one in (*all_counters().values(), _dropped)]
+    return max((moment for moment in moments if moment is not None), default=None)
+
+
 def _forget() -> None:
     """In a forked child: neither the parent's loops nor its lock live on."""
-    global _lock, _routes
+    global _lock, _routes, _counters, _dropped
     _lock = threading.Lock()
     _routes = weakref.WeakKeyDictionary()
+    _counters = OrderedDict()
+    _dropped = Counters()
 
 
 if hasattr(os, "register_at_fork"):

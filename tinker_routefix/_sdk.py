@@ -14,50 +14,66 @@ import contextvars
 import dataclasses
 import functools
 import json
+import re
 import sys
+import time
 import weakref
+from collections.abc import Callable
+from http import HTTPStatus
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from . import _control_plane, _log, _seams, _settings, _submissions, _verdict, events
+from . import (
+    _control_plane,
+    _log,
+    _seams,
+    _settings,
+    _submissions,
+    _threads,
+    _verdict,
+    events,
+)
 from ._connections import Lending
 from ._job import Job
 from ._retry import Replay
-from ._route import Route, route_to
+from ._route import ConnectBudget, Route, route_to
 from ._verdict import Cure, Verdict
 from ._warmup import light_prober, warm_up
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Coroutine, Mapping
 
 _MARK = "_tinker_routefix"
 _UNSEEN = object()
 
 _API = "/api/v1/"
 _TELEMETRY = _API + "telemetry"
-_LEFT_ALONE = (_API + "session_heartbeat", _TELEMETRY)
-"""Background calls that nobody waits for and that tinker repeats by itself."""
-_WORK = frozenset(
-    _API + name
-    for name in (
-        "forward",
-        "forward_backward",
-        "optim_step",
-        "save_weights",
-        "save_weights_for_sampler",
-        "save_weights_external",
-        "asample",
-    )
+_HEARTBEAT = _API + "session_heartbeat"
+_DYNAMIC_CONFIG = _API + "client/dynamic_config"
+_WEIGHTS_INFO = _API + "weights_info"
+_LOAD_WEIGHTS = _API + "load_weights"
+_LEFT_ALONE = frozenset({_HEARTBEAT, _TELEMETRY, _API + "cancel_future"})
+"""Background calls that nobody waits for and that tinker repeats, or does without."""
+_FINISH = re.compile(rf"{_API}sessions/[^/]+/finish")
+_CONNECTS = frozenset(
+    {_WEIGHTS_INFO, _LOAD_WEIGHTS, _API + "create_model", _API + "create_sampling_session"}
 )
-"""Submissions that mean that connecting is over: from here on there is work to lose."""
+"""Requests that create a client, so that there is nothing to lose by waiting (of
+``load_weights`` only the one that creates a model)."""
 
 _CREATES_MODEL = frozenset({"CreateModel", "CreateBaseModel"})
 """The second is the Fireworks SDK's, for reference models."""
 _LOADS_WEIGHTS = "LoadWeights"
 """How 0.38 creates a training client from a checkpoint: without a ``CreateModel``."""
+
+_ANSWERS_WITHIN = 2.0
+"""Seconds in which a new connection has to answer, or another one is opened."""
+
+_SAME_CLIENT_WITHIN = 5.0
+"""Seconds between a checkpoint's ``weights_info`` and the model that is created from it."""
 
 PROBE_TIMEOUT = 10.0
 """Seconds that a probe may take; the pod answers one in milliseconds."""
@@ -73,6 +89,23 @@ class _Pool:
         self.route = route
         self._pool = pool
         self._client_type = client_type
+        self._last_weights_info: tuple[ConnectBudget, float] | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the program has closed it."""
+        return bool(getattr(self._pool, "_closed", False))
+
+    def took_weights_info(self, budget: ConnectBudget) -> None:
+        """Note what is left of a client's budget, which its model is created with next."""
+        self._last_weights_info = (budget, time.monotonic())
+
+    def connect_budget(self) -> ConnectBudget:
+        """The budget of a training client that is being created."""
+        before, self._last_weights_info = self._last_weights_info, None
+        if before is not None and time.monotonic() - before[1] < _SAME_CLIENT_WITHIN:
+            return before[0]
+        return ConnectBudget()
 
     @property
     def _kwargs(self) -> dict[str, Any]:
@@ -85,14 +118,24 @@ class _Pool:
 
     def replacement(self) -> Callable[[], Any] | None:
         # The way in which tinker itself replaces a client that it suspects.
-        return None if self.has_own_http else functools.partial(self._client_type, **self._kwargs)
+        if self.has_own_http or self.closed:
+            return None
+        return functools.partial(self._new_client, self._kwargs)
 
-    def on_one_way_connections(self, tls: ssl.SSLContext | bool) -> Any:
-        """A client that opens a connection for each request and keeps none."""
-        http = httpx.AsyncClient(
-            limits=httpx.Limits(max_keepalive_connections=0), follow_redirects=False, verify=tls
-        )
-        client = self._client_type(**{**self._kwargs, "http_client": http})
+    def _new_client(self, kwargs: dict[str, Any]) -> Any:
+        client = self._client_type(**kwargs)
+        # Its first request would find the platform out, in the loop's default executor. The
+        # program shares that, and where it is busy a wait of a second was measured to take 45.
+        for known in self._pool._clients:
+            if getattr(known, "_platform", None) is not None:
+                client._platform = known._platform
+                break
+        return client
+
+    def client_with(self, limits: httpx.Limits, tls: ssl.SSLContext | bool) -> Any:
+        """A client of our own, with its connections limited."""
+        http = httpx.AsyncClient(limits=limits, follow_redirects=False, verify=tls)
+        client = self._new_client({**self._kwargs, "http_client": http})
         url = client.base_url
         if url.userinfo:
             # httpx and tinker log whole URLs: these requests are ours, and so is the log line.
@@ -100,15 +143,43 @@ class _Pool:
             client.base_url = url.copy_with(userinfo=b"")
         return client
 
-    def swap(self, old: Any, new: Lending) -> None:
+    def swap(self, old: Any, new: Lending) -> bool:
+        if self.closed:
+            return False
         setattr(new.client, _MARK, new)
         clients: list[Any] = self._pool._clients
         for index, client in enumerate(clients):
             if client is old:
                 clients[index] = new.client
+        return True
+
+    async def answers(self, client: Any) -> bool:
+        if client.base_url.userinfo:
+            # httpx logs whole URLs, and this request would be ours.
+            return True
+        route = self.route
+        route.counters.probes += 1
+        try:
+            async with asyncio.timeout(_ANSWERS_WITHIN):
+                await _probe(route, client)
+        except Exception as error:  # noqa: BLE001 - it only matters whether it is an answer
+            answered = _is_answer(error) and not (
+                _is_refused(error, route.job) or _is_not_ready(error)
+            )
+            if answered:
+                route.answered(proof=False)
+            return answered
+        route.answered(proof=route.model_id is not None)
+        return True
 
     async def close(self, client: Any) -> None:
         await client.close()
+        # The adapter from pyqwest to httpx has no `aclose`: its connections would stay open until
+        # they have been idle for 90 s. Its own transport has one; what is in flight goes on.
+        transport = getattr(getattr(client, "_client", None), "_transport", None)
+        aclose = getattr(getattr(transport, "_transport", None), "aclose", None)
+        if aclose is not None:
+            await aclose()
 
 
 def lend_client(
@@ -231,8 +302,8 @@ async def _send(
     awaited = _awaited.get()
     if awaited is not None:
         awaited.lending = lending
-    if not route.warm and _path(args, kwargs) in _WORK:
-        route.worked = True
+    path = _path(args, kwargs)
+    budget = _connect_budget(lending, path, args, kwargs)
     if route.raised:
         _warn_if_step_repeated(route, lending.client, _options(args, kwargs))
     try:
@@ -247,44 +318,77 @@ async def _send(
         _record_try(error, args, kwargs)
         raise
     except Exception as error:
+        if path == _TELEMETRY and route.drained and _status(error) == HTTPStatus.NOT_FOUND:
+            # Until 0.38 tinker re-sends a refused batch every second, and a fatal exception
+            # waits 30 s for it: also where the pod does not know telemetry. It discards what
+            # this returns.
+            route.counters.telemetry_dropped += 1
+            return None
         if not _is_refused(error, route.job):
             _record_try(error, args, kwargs)
             if _is_answer(error):
                 _tell_if_answered(error, route)
             raise
-        if _note(error) is not None:
-            # Refused and given up on below us: whoever replaced a seam calls our
-            # first wrapper, and it has done its work.
-            raise
-        path = _path(args, kwargs)
-        if path in _LEFT_ALONE:
-            if path == _TELEMETRY and route.drained:
-                # Until 0.38 tinker re-sends a refused batch every second, and a fatal
-                # exception waits 30 s for it. It discards what this returns.
-                route.counters.telemetry_dropped += 1
-                return None
+        if _note(error) is not None or _is_background(path, route, budget):
+            # Refused and given up on below us: whoever replaced a seam calls our first wrapper,
+            # and it has done its work. Or a call that the program does not wait for.
+            if path == _HEARTBEAT and not route.control_plane.says_over:
+                # Its connection is kept alive to a replica that may stay stale for good.
+                lending.spoiled = True
+                lending.renew()
             raise
         lending.spoiled = True
-        refused = _Refused(lending, args, kwargs, awaited)
-        replay = refused.replay(error)
+        refused = _Refused(lending, args, kwargs, awaited, budget, error)
+        replay = refused.replay()
         if replay is None:
             raise
     else:
         if route.watched:
-            route.answered()
+            route.answered(proof=True)
+        if path == _WEIGHTS_INFO and budget is not None and budget.used:
+            cast("_Pool", lending.pool).took_weights_info(budget)
         return answer
     # Out here, so that what a replay meets does not carry the first 404 as its context.
     try:
-        answer = await replay.run()
+        return await refused.settle(replay)
     except Exception as error:
-        if _is_refused(error, route.job):
+        if refused.refused(error):
             refused.remember_raised()
         raise
-    # Only now is it known that the route was stale and the job not gone.
-    cure = _cure_in(replay.error)
-    if cure is not None:
-        route.show(cure)
-    return answer
+
+
+def _connect_budget(
+    lending: Lending, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ConnectBudget | None:
+    """What a request may wait for as a part of connecting; None where it is not a part of it."""
+    budget = _connecting.get()
+    if budget is not None and not budget.ended:
+        return budget
+    if path not in _CONNECTS:
+        return None
+    if path == _LOAD_WEIGHTS and not _creates_model(_options(args, kwargs)):
+        return None
+    budget = cast("_Pool", lending.pool).connect_budget()
+    # Left there: what creates the client goes on in this task with polls, and then ends.
+    _connecting.set(budget)
+    return budget
+
+
+def _is_background(path: str, route: Route, budget: ConnectBudget | None) -> bool:
+    """Whether a 404 to a request is tinker's to deal with: the program loses nothing by it."""
+    if path in _LEFT_ALONE:
+        return True
+    if path == _DYNAMIC_CONFIG:
+        # A refresh; until the next one what was known goes on to hold.
+        return budget is None
+    # After a give-up the program has its exception; its farewell must not wait once more.
+    farewell = route.given_up or route.control_plane.says_over
+    return farewell and _FINISH.fullmatch(path) is not None
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return response.status_code if isinstance(response, httpx.Response) else None
 
 
 def _record_try(
@@ -301,13 +405,17 @@ def _may_be_repeated(options: Any, client: Any) -> bool:
         return True
     endpoint = str(options.url).removeprefix(_API)
     if endpoint == "load_weights":
-        # Not into a model: it makes one of a checkpoint (0.24.1 and later).
-        body = options.json_data
-        return isinstance(body, dict) and body.get("model_seq_id") is not None
+        return _creates_model(options)
     if endpoint == "forward_backward":
         message = _message(options, client)
         return message is not None and bool(message.forward_only)
     return endpoint in _seams.REPEATABLE
+
+
+def _creates_model(options: Any) -> bool:
+    """Whether a ``load_weights`` makes a model of a checkpoint (0.24.1 and later)."""
+    body = options.json_data
+    return isinstance(body, dict) and body.get("model_seq_id") is not None
 
 
 def _message(options: Any, client: Any) -> Any:
@@ -366,7 +474,7 @@ def _tell_if_answered(error: Exception, route: Route) -> None:
     if _is_not_ready(error):
         route.show(Cure.ROUTE_NOT_READY)
     else:
-        route.answered()
+        route.answered(proof=False)
 
 
 def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -386,17 +494,24 @@ class _Refused:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         awaited: _Awaited | None,
+        budget: ConnectBudget | None,
+        error: Exception,
     ) -> None:
         self._lending = lending
         self._route: Route = lending.pool.route
         self._args = args
         self._kwargs = kwargs
         self._awaited = awaited
+        self._budget = budget
+        self._first = error
+        self._is_the_pods = False
+        """The 404 has turned out to be an answer of the pod's."""
+        self._sent_beside_probes = 0
 
-    def replay(self, error: Exception) -> Replay | None:
+    def replay(self) -> Replay | None:
         """Its way through, or None where the shim itself is at fault."""
         try:
-            return self._prepare(error)
+            return self._prepare(self._first)
         except Exception as failure:  # noqa: BLE001 - then the caller gets tinker's own 404
             _log.own_failure("preparing a replay", failure, strict=_settings.current().strict)
             return None
@@ -404,27 +519,82 @@ class _Refused:
     def _prepare(self, error: Exception) -> Replay:
         headers = _headers(error)
         self._keep_idempotency_key(headers)
-        route = self._route
         return Replay(
-            route,
+            self._route,
             error,
+            budget=self._budget,
             headers=headers,
-            send=self._send_fresh,
-            refused=lambda other: _is_refused(other, route.job),
+            send=self._send_fresh if _is_gateways(error) else self._send_beside_probes,
+            refused=self.refused,
             uncertain=self._uncertain,
-            probe=light_prober(route, functools.partial(_open_prober, self._lending)),
+            probe=light_prober(self._route, functools.partial(_open_prober, self._lending)),
             what=self._name(),
         )
+
+    async def settle(self, replay: Replay) -> Any:
+        """The request's answer in the end."""
+        if _is_gateways(replay.error) or self._uncertain() is not None:
+            return await replay.run()
+        # Of unknown shape: before anything else, whether it is the pod's own.
+        try:
+            answer = await self._send_beside_probes()
+        except Exception as error:
+            if not self.refused(error):
+                raise
+        else:
+            replay.note_answer(self._sent_beside_probes)
+            return answer
+        return await replay.run()
+
+    def refused(self, error: BaseException) -> bool:
+        """Whether an error is a 404 that is not the pod's."""
+        return not self._is_the_pods and _is_refused(error, self._route.job)
 
     async def _send_fresh(self) -> Any:
         target = await self._lending.fresh()
         try:
-            return await target.send(lambda client: client.request(*self._args, **self._kwargs))
+            return await target.send(self._request)
         except BaseException as error:
             target.spoiled = _is_refused(error, self._route.job)
-            if not target.spoiled:
-                _record_try(error, self._args, self._kwargs)
+            self._record_try(error)
             raise
+
+    async def _send_beside_probes(self) -> Any:
+        """Send it over a connection that answers probes.
+
+        Raises:
+            Exception: The request's 404. It is the pod's where the same connection has answered
+                a probe and refused the request :data:`BELIEVED_AFTER` times in a row, and the
+                gateway's where it refused the probe.
+        """
+        last: Exception | None = None
+        async with _one_connection(self._lending) as send:
+            for _ in range(BELIEVED_AFTER):
+                if not await _is_probe_answered(self._route, send):
+                    break
+                self._route.counters.probes += 1
+                self._route.counters.replays += 1
+                self._sent_beside_probes += 1
+                try:
+                    return await send(self._request)
+                except BaseException as error:
+                    self._record_try(error)
+                    if not (isinstance(error, Exception) and self.refused(error)):
+                        raise
+                    last = error
+                    if _is_gateways(error) or self._uncertain() is not None:
+                        break
+                await self._route.rest(BETWEEN)
+            else:
+                self._is_the_pods = True
+        raise last or self._first
+
+    async def _request(self, client: Any) -> Any:
+        return await client.request(*self._args, **self._kwargs)
+
+    def _record_try(self, error: BaseException) -> None:
+        if not _is_refused(error, self._route.job):
+            _record_try(error, self._args, self._kwargs)
 
     def _uncertain(self) -> str | None:
         """How an earlier try ended that may have been carried out, if that matters here."""
@@ -474,21 +644,24 @@ def _is_refused(error: BaseException, job: Job) -> bool:
     except (RuntimeError, httpx.HTTPError):
         # No request attached, or a body that was never read.
         return False
-    return verdict is not Verdict.POD or _settings.current().match == "any"
+    return verdict is not Verdict.POD
 
 
-def _cure_in(error: BaseException) -> Cure | None:
-    """The cure of the gateway that an answer shows, if it met a stale route; never raises."""
+def _is_gateways(error: BaseException) -> bool:
+    """Whether a 404 is surely the gateway's, and not of unknown shape."""
     response = cast("httpx.Response", cast("Any", error).response)
-    try:
-        return _verdict.cure_in(response.status_code, response.content)
-    except httpx.StreamError:  # a body that was never read
-        return None
+    return _verdict.of_body(response.content) is Verdict.GATEWAY
 
 
 def _is_not_ready(error: BaseException) -> bool:
     """Whether an error is an answer of a cured gateway that says that the route is not there."""
-    return _is_answer(error) and _cure_in(error) is Cure.ROUTE_NOT_READY
+    response = getattr(error, "response", None)
+    if not isinstance(response, httpx.Response):
+        return False
+    try:
+        return _verdict.is_route_not_ready(response.status_code, response.content)
+    except httpx.StreamError:  # a body that was never read
+        return False
 
 
 def _headers(error: BaseException) -> Mapping[str, str]:
@@ -498,10 +671,50 @@ def _headers(error: BaseException) -> Mapping[str, str]:
 # --- Probes of our own -------------------------------------------------------------------
 
 
+_Send = Callable[[Callable[[Any], Any]], Any]
+"""Sends a request, given as a function of the client."""
+
+BELIEVED_AFTER, BETWEEN = 3, 0.5
+"""404s in a row, so many seconds apart, over a connection that answers probes: the pod's."""
+
+
+async def _get_info(client: Any, model_id: str) -> Any:
+    body = {"model_id": model_id, "type": "get_info"}
+    path = f"{_API}get_info"
+    return await client.post(path, cast_to=httpx.Response, body=body, options=_PROBE_OPTIONS)
+
+
+async def _get_capabilities(client: Any) -> Any:
+    path = f"{_API}get_server_capabilities"
+    return await client.get(path, cast_to=httpx.Response, options=_PROBE_OPTIONS)
+
+
+async def _probe(route: Route, client: Any) -> Any:
+    if route.model_id is None:
+        return await _get_capabilities(client)
+    return await _get_info(client, route.model_id)
+
+
+_PROBE_OPTIONS: Any = {"timeout": PROBE_TIMEOUT, "max_retries": 0}
+
+
+async def _is_probe_answered(route: Route, send: _Send) -> bool:
+    """Whether the pod answers a probe over a connection with success: proof that it is at work."""
+    probes: list[Callable[[Any], Any]] = [_get_capabilities]
+    if route.model_id is not None:
+        probes.insert(0, functools.partial(_get_info, model_id=route.model_id))
+    for probe in probes:
+        with contextlib.suppress(Exception):
+            await send(probe)
+            return True
+    return False
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Prober:
     route: Route
-    send: Callable[[Callable[[Any], Any]], Any]
+    send: _Send
+    lending: Lending
 
     async def __call__(self) -> None:
         try:
@@ -511,16 +724,31 @@ class _Prober:
                 self.route.show(Cure.ROUTE_NOT_READY)
             raise
 
-    def _request(self, client: Any) -> Any:
-        options = {"timeout": PROBE_TIMEOUT, "max_retries": 0}
-        if self.route.model_id is None:
-            path = f"{_API}get_server_capabilities"
-            return client.get(path, cast_to=httpx.Response, options=options)
-        body = {"model_id": self.route.model_id, "type": "get_info"}
-        return client.post(f"{_API}get_info", cast_to=httpx.Response, body=body, options=options)
+    async def _request(self, client: Any) -> Any:
+        return await _probe(self.route, client)
+
+    @property
+    def proves(self) -> bool:
+        return self.route.model_id is not None
 
     def refused(self, error: BaseException) -> bool:
         return _is_refused(error, self.route.job)
+
+    async def is_the_pods(self, error: BaseException) -> bool:
+        if _is_gateways(error):
+            return False
+        async with _one_connection(self.lending) as send:
+            for _ in range(BELIEVED_AFTER):
+                try:
+                    await send(_get_capabilities)
+                    await send(self._request)
+                except Exception as other:  # noqa: BLE001 - told apart here
+                    path = httpx.URL(str(cast("Any", other).request.url)).path
+                    if not self.refused(other) or not path.endswith("/get_info"):
+                        return False
+                else:
+                    return False
+        return True
 
     def headers(self, error: BaseException) -> Mapping[str, str]:
         return _headers(error)
@@ -535,23 +763,40 @@ def _tls_context() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=True)
 
 
+_ONE_WAY = httpx.Limits(max_keepalive_connections=0)
+"""A connection for each request."""
+_ONE = httpx.Limits(max_connections=1, max_keepalive_connections=1)
+"""The same connection for all requests."""
+
+
 @contextlib.asynccontextmanager
-async def _open_prober(lending: Lending) -> AsyncIterator[_Prober]:
+async def _own_client(lending: Lending, limits: httpx.Limits) -> AsyncIterator[_Send]:
+    """A client of our own to the lent one's job, or that one where it is the program's own."""
     pool = cast("_Pool", lending.pool)
     if pool.has_own_http:
-        yield _Prober(pool.route, lending.send)
+        yield lending.send
         return
 
     def make() -> Any:
         secure = pool.route.job.gateway.startswith("https:")
-        return pool.on_one_way_connections(_tls_context() if secure else False)
+        return pool.client_with(limits, _tls_context() if secure else False)
 
     # Off the loop: it reads the certificates.
-    client = await asyncio.to_thread(make)
+    client = await _threads.run(make)
     try:
-        yield _Prober(pool.route, lambda request: request(client))
+        yield lambda request: request(client)
     finally:
         await client.close()
+
+
+def _one_connection(lending: Lending) -> contextlib.AbstractAsyncContextManager[_Send]:
+    return _own_client(lending, _ONE)
+
+
+@contextlib.asynccontextmanager
+async def _open_prober(lending: Lending) -> AsyncIterator[_Prober]:
+    async with _own_client(lending, _ONE_WAY) as send:
+        yield _Prober(lending.pool.route, send, lending)
 
 
 # --- The job manager ---------------------------------------------------------------------
@@ -566,12 +811,22 @@ def note_manager(
         root = str(instance.base_url)
         gateway = getattr(instance, "trainer_gateway_url", None) or root
         verify = getattr(instance, "_verify_for_url", None)
-        address = functools.partial(
-            _address_of, weakref.ref(instance), root, verify is None or bool(verify(root))
+        manager = weakref.ref(instance)
+        _control_plane.register(
+            str(gateway).rstrip("/"),
+            _control_plane.Manager(
+                functools.partial(_address_of, manager, root, verify is None or bool(verify(root))),
+                functools.partial(_account_of, manager),
+            ),
         )
-        _control_plane.learn(str(gateway).rstrip("/"), address)
     except Exception as error:  # noqa: BLE001 - then the gateway's own origin is asked
         _log.own_failure("noting a job manager", error, strict=_settings.current().strict)
+
+
+def _account_of(manager: weakref.ref[Any]) -> str | None:
+    """Whose jobs it manages, where it knows: asking it could send a request."""
+    account = getattr(manager(), "_account_id", None)
+    return account if isinstance(account, str) else None
 
 
 def _address_of(manager: weakref.ref[Any], root: str, verify: bool) -> _control_plane.Address:
@@ -586,6 +841,31 @@ def _address_of(manager: weakref.ref[Any], root: str, verify: bool) -> _control_
         if name.lower() in _control_plane.CREDENTIALS or name in added
     }
     return _control_plane.Address(root, headers, verify)
+
+
+# --- Clients that connect ----------------------------------------------------------------
+
+
+_connecting: contextvars.ContextVar[ConnectBudget | None] = contextvars.ContextVar(
+    "tinker_routefix_connecting", default=None
+)
+
+
+def connect_service(
+    wrapped: Callable[..., None], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """``InternalClientHolder.__init__``: its config, token and session share a budget.
+
+    What it runs on tinker's loop runs in a copy of this thread's context.
+    """
+    budget = ConnectBudget()
+    token = _connecting.set(budget)
+    try:
+        wrapped(*args, **kwargs)
+    finally:
+        # It has started heartbeats, which go on in such a copy.
+        budget.ended = True
+        _connecting.reset(token)
 
 
 # --- Futures -----------------------------------------------------------------------------
@@ -615,34 +895,49 @@ async def await_result(
     """``_APIFuture._result_async``: name its polls, and warm up before a model is handed out."""
     awaited = _Awaited(str(getattr(instance, "request_type", "")))
     token = _awaited.set(awaited)
+    budget = _budget_of_new_model(awaited.request_type)
     try:
         result = await wrapped(*args, **kwargs)
     except Exception as error:
         _carry_note(error)
         raise
     finally:
+        # None where nothing was polled on a trainer job's route. Not to be held any longer: copies
+        # of this context stay in the loop with timers that were cancelled.
+        lending, awaited.lending = awaited.lending, None
         # A coroutine that is thrown away unfinished ends in another context.
         with contextlib.suppress(ValueError):
             _awaited.reset(token)
-    # None where nothing was polled on a trainer job's route.
-    if awaited.lending is not None:
-        await _warm_up_if_new_model(awaited, awaited.lending, instance, result)
+    if budget is not None and lending is not None:
+        await _warm_up(lending, instance, result, budget)
     return result
 
 
-async def _warm_up_if_new_model(
-    awaited: _Awaited, lending: Lending, instance: Any, result: Any
-) -> None:
+def _budget_of_new_model(request_type: str) -> ConnectBudget | None:
+    """What the rest of creating a training client may wait for; None for all other futures."""
+    budget = _connecting.get()
+    if budget is not None and budget.ended:
+        budget = None
+    if request_type == _LOADS_WEIGHTS:
+        # Sent as what creates a model, or it would not be here.
+        return budget
+    if request_type in _CREATES_MODEL and budget is None:
+        budget = ConnectBudget()
+        _connecting.set(budget)
+    return budget if request_type in _CREATES_MODEL else None
+
+
+async def _warm_up(lending: Lending, instance: Any, result: Any, budget: ConnectBudget) -> None:
     route = lending.pool.route
-    creates = awaited.request_type in _CREATES_MODEL
-    if not creates and not (awaited.request_type == _LOADS_WEIGHTS and not route.warm):
-        return
     future = getattr(instance, "untyped_future", None)
     model_id = getattr(result, "model_id", None) or getattr(future, "model_id", None)
     if isinstance(model_id, str):
         route.model_id = model_id
     _seams.verify()
-    await warm_up(route, functools.partial(_open_prober, lending))
+    try:
+        await warm_up(route, functools.partial(_open_prober, lending), budget)
+    finally:
+        budget.ended = True
 
 
 def _carry_note(error: BaseException) -> None:

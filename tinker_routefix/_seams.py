@@ -74,6 +74,13 @@ def _seams(package: str, client: str) -> tuple[Seam, ...]:
         ),
         Seam(
             f"{package}.lib.internal_client_holder",
+            "InternalClientHolder.__init__",
+            "connect_service",
+            "what a service client sends while it connects shares one budget",
+            coroutine=False,
+        ),
+        Seam(
+            f"{package}.lib.internal_client_holder",
             "InternalClientHolder.execute_with_retries",
             "follow_submission",
             "one call is one submission with all of its tries: nothing is replayed once one of "
@@ -295,9 +302,10 @@ def _probe(seam: Seam) -> _Patch:
     for parameter in seam.parameters:
         if parameter not in parameters:
             raise _MissingSeamError(f"{where} has no parameter {parameter!r}")
-    behaviour: Callable[..., Any] = getattr(
-        importlib.import_module(f"{__package__}._sdk"), seam.wrapper
-    )
+    # Spelt out, and not by name: what bundles a program has to see that it is imported.
+    from . import _sdk
+
+    behaviour: Callable[..., Any] = getattr(_sdk, seam.wrapper)
     wrapper = wrapt.FunctionWrapper(original, behaviour, enabled=is_active)
     inherited = name not in vars(owner)
     return _Patch(seam, owner, name, inherited, vars(owner).get(name), wrapper)

@@ -12,10 +12,13 @@ import os
 import site
 import sys
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _seams, _settings, _switch
 from ._version import __version__
+
+if TYPE_CHECKING:
+    from ._route import Route
 
 _STARTUP_FILE = "tinker_routefix"
 _STARTUP_MODULE = "_tinker_routefix_autoload"
@@ -78,7 +81,8 @@ class JobStatus:
     name: str
     gateway: str
     route: str
-    """``connecting``, ``warm``, ``waiting`` (a request waits for it) or ``given up``."""
+    """``connecting``, ``warm``, ``waiting`` (a request waits for it), ``given up``, or ``unused``:
+    no client of this process leads to it any more."""
     refused: int
     """404s of the gateway, or of unknown origin, met by the program's requests and warm-ups."""
     questions: int
@@ -100,8 +104,8 @@ class JobStatus:
     last_intervention: float | None
     """When a 404 was last met, in seconds since the epoch; None: never needed."""
     cure: str | None
-    """``503 route_not_ready`` or ``distinct code``, where the gateway was seen to tell a stale
-    route from a job that is gone."""
+    """``503 route_not_ready`` where the gateway was seen to tell a stale route from a job that is
+    gone; None: it was not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,13 +122,9 @@ class Status:
     sdks: tuple[SdkStatus, ...]
     settings: tuple[SettingStatus, ...]
     autoload: AutoloadStatus
-
-    @property
-    def last_intervention(self) -> float | None:
-        """When any job last needed help, in seconds since the epoch; None: never."""
-        return max(
-            (job.last_intervention for job in self.jobs if job.last_intervention), default=None
-        )
+    last_intervention: float | None
+    """When any job last needed help, in seconds since the epoch; None: never. Also of jobs that
+    are not listed any more."""
 
 
 def status() -> Status:
@@ -145,6 +145,7 @@ def status() -> Status:
         ),
         settings=_settings_in_force(),
         autoload=_autoload(),
+        last_intervention=_last_intervention(),
     )
 
 
@@ -245,25 +246,31 @@ def _in_force() -> tuple[bool, str]:
 
 def _jobs() -> tuple[JobStatus, ...]:
     # Where nothing was ever patched, nothing heavy is imported for an empty answer.
-    routes = sys.modules.get(f"{__package__}._route")
-    if routes is None:
+    route = sys.modules.get(f"{__package__}._route")
+    if route is None:
         return ()
+    words = {one.job: _word(one) for one in route.all_routes()}
     return tuple(
         JobStatus(
-            account=route.job.account,
-            name=route.job.name,
-            gateway=route.job.gateway,
-            route=(
-                "waiting"
-                if route.sleepers
-                else "given up"
-                if route.given_up
-                else "warm"
-                if route.warm
-                else "connecting"
-            ),
-            questions=route.control_plane.questions,
-            **dataclasses.asdict(route.counters),
+            account=job.account,
+            name=job.name,
+            gateway=job.gateway,
+            route=words.get(job, "unused"),
+            **dataclasses.asdict(counters),
         )
-        for route in routes.all_routes()
+        for job, counters in route.all_counters().items()
     )
+
+
+def _word(route: Route) -> str:
+    if route.sleepers:
+        return "waiting"
+    if route.given_up:
+        return "given up"
+    return "warm" if route.warm else "connecting"
+
+
+def _last_intervention() -> float | None:
+    route = sys.modules.get(f"{__package__}._route")
+    moment: float | None = None if route is None else route.last_intervention()
+    return moment

@@ -30,8 +30,6 @@ class Cure(enum.Enum):
 
     ROUTE_NOT_READY = "503 route_not_ready"
     """The SDK repeats a 503 by itself."""
-    DISTINCT_CODE = "distinct code"
-    """A 404, or another answer that means "gone", with a code of its own for a stale route."""
 
 
 def of_body(body: bytes) -> Verdict:
@@ -49,23 +47,15 @@ def of_body(body: bytes) -> Verdict:
 
 def is_route_not_ready(status: int, body: bytes) -> bool:
     """Whether an answer is a gateway's 503 for a route that it does not have yet; never raises."""
-    return status == HTTPStatus.SERVICE_UNAVAILABLE and cure_in(status, body) is not None
-
-
-def cure_in(status: int, body: bytes) -> Cure | None:
-    """The cure that an answer shows, if it was given for a stale route; never raises."""
-    if status not in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
-        return None
+    if status != HTTPStatus.SERVICE_UNAVAILABLE:
+        return False
     document = _document(body) or {}
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        # At the top, or in the object that holds the error.
-        places = (document, document.get("error"), document.get("detail"))
-        stale = any(
-            isinstance(place, dict) and place.get("queue_state") == "route_not_ready"
-            for place in places
-        )
-        return Cure.ROUTE_NOT_READY if stale else None
-    return Cure.DISTINCT_CODE if _code(document) not in (None, _NOT_FOUND) else None
+    # At the top, or in the object that holds the error.
+    places = (document, document.get("error"), document.get("detail"))
+    return any(
+        isinstance(place, dict) and place.get("queue_state") == "route_not_ready"
+        for place in places
+    )
 
 
 _NOT_FOUND = "NOT_FOUND"

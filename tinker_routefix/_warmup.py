@@ -20,15 +20,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-import tenacity
-from tenacity.asyncio import AsyncRetrying
-
 from . import _log, _settings, events
-from ._control_plane import JobState
-from ._retry import PACE, Probe, Waiting
+from ._retry import Probe, Waiting
 
 if TYPE_CHECKING:
-    from ._route import Route
+    from ._route import ConnectBudget, Route
 
 
 class Prober(Protocol):
@@ -37,8 +33,15 @@ class Prober(Protocol):
     async def __call__(self) -> None:
         """Send one over a fresh connection; raises what it was answered with."""
 
+    @property
+    def proves(self) -> bool:
+        """Whether a success shows that the pod is at work."""
+
     def refused(self, error: BaseException) -> bool:
         """Whether an error is a 404 that may be the gateway's."""
+
+    async def is_the_pods(self, error: BaseException) -> bool:
+        """Whether a 404 of unknown shape turns out to be the pod's own."""
 
     def headers(self, error: BaseException) -> Mapping[str, str]:
         """The headers of the request that an error answers."""
@@ -58,20 +61,27 @@ class RouteTimeoutError(TimeoutError):
 OpenProber = Callable[[], contextlib.AbstractAsyncContextManager[Prober]]
 
 
+ROUND_PACE = 0.5
+"""Seconds between two probes of a warm-up that has met a 404."""
+
+
 class _WarmUp(Waiting):
-    def __init__(self, route: Route, prober: Prober, probe: Probe) -> None:
-        super().__init__(route, probe, longest=_settings.current().warmup_max_delay)
+    def __init__(self, route: Route, prober: Prober, probe: Probe, budget: ConnectBudget) -> None:
+        longest = _settings.current().warmup_max_delay
+        super().__init__(route, probe, longest=longest, connecting=True)
         self._prober = prober
-        self._spent_before = 0.0 if route.warm else route.connect_spent()
+        self._budget = budget
         self.rounds = 0
         self.refused = False
         """A 404 was met; what is left to see is whether it went away."""
+        self.is_the_pods = False
+        """A 404 has turned out to be the pod's own, which is for the next call to meet."""
 
     async def run(self) -> None:
         await self.policy()(self._round)
 
     def _left(self) -> float:
-        return self._settings.warmup_timeout - self._spent_before - self.elapsed
+        return self._budget.left(self._settings.warmup_timeout)
 
     async def _round(self) -> None:
         """So many successes in a row; a 404 among them starts the count again."""
@@ -87,7 +97,7 @@ class _WarmUp(Waiting):
                 raise error
             return
         for _ in range(count):
-            await self.route.rest(self.route.last_probe + PACE / 2 - time.monotonic())
+            await self.route.rest(self.route.last_probe + ROUND_PACE - time.monotonic())
             self.route.last_probe = time.monotonic()
             self.route.counters.probes += 1
             await self._prober()
@@ -95,11 +105,15 @@ class _WarmUp(Waiting):
     async def _may_go_on(self, error: BaseException) -> bool:
         if not self._prober.refused(error):
             return False
+        if await self._prober.is_the_pods(error):
+            self.is_the_pods = True
+            return False
         self.refused = True
         self.refused_at = time.monotonic()
+        self._budget.start()
         self.route.refused()
-        self.answer = await self.route.control_plane.ask(self._prober.headers(error))
-        return not self.over
+        await self.ask(self._prober.headers(error))
+        return not self.ended()
 
     def note(self) -> str:
         """What was seen, for the exception that ends the warm-up."""
@@ -110,13 +124,8 @@ class _WarmUp(Waiting):
             f"{self.answer.said}. {self.advice()}"
         )
 
-    @property
-    def over(self) -> bool:
-        """The control plane has said that the job is over or gone."""
-        return self.answer.state is JobState.OVER
 
-
-async def warm_up(route: Route, open_prober: OpenProber) -> None:
+async def warm_up(route: Route, open_prober: OpenProber, budget: ConnectBudget) -> None:
     """Return once the route has answered often enough in a row.
 
     Any other error than a 404 of the gateway ends the warm-up with a warning: it is for
@@ -136,7 +145,7 @@ async def warm_up(route: Route, open_prober: OpenProber) -> None:
     events.publish(events.WarmupStarted(job=str(route.job)))
     try:
         async with open_prober() as prober:
-            warm = _WarmUp(route, prober, light_prober(route, open_prober))
+            warm = _WarmUp(route, prober, light_prober(route, open_prober), budget)
             with route.incident():
                 failure = await _run(route, warm, prober)
     except Exception as error:  # noqa: BLE001 - a failure of ours is no reason not to connect
@@ -159,14 +168,14 @@ async def _run(route: Route, warm: _WarmUp, prober: Prober) -> Exception | None:
         raise
     except Exception as error:  # noqa: BLE001 - told apart below
         met = type(error).__name__
-        if not prober.refused(error):
+        if warm.is_the_pods or not prober.refused(error):
             outcome = "error"
         else:
-            outcome = "over" if warm.over else "timeout"
+            outcome = "over" if warm.ended() else "timeout"
             failure = _failure(route, warm, error)
     else:
-        route.became_warm()
-        route.answered()
+        route.warm = True
+        route.answered(proof=True)
     if warm.refused:
         route.counters.longest_wait = max(route.counters.longest_wait, warm.elapsed)
         route.counters.recovered += outcome == "warm"
@@ -185,7 +194,7 @@ async def _run(route: Route, warm: _WarmUp, prober: Prober) -> Exception | None:
 def _failure(route: Route, warm: _WarmUp, error: Exception) -> Exception:
     route.give_up()
     note = f"tinker_routefix: {warm.note()}"
-    if warm.over:
+    if warm.ended():
         route.counters.failed_fast += 1
         error.add_note(note)
         return error
@@ -200,6 +209,9 @@ FIRST_HALF_MINUTE = 30.0
 GAP = 0.9
 """The share of its wait that must have passed since the route's last probe, whoever sent it."""
 
+PROBES_AT_ONCE = 3
+"""Probes that may be under way at a time: one that hangs must not keep the others back."""
+
 
 def _cadence(elapsed: float) -> float:
     """Four times a second at first, when most races end; then ever less of a burden."""
@@ -210,36 +222,40 @@ def _cadence(elapsed: float) -> float:
 
 def light_prober(route: Route, open_prober: OpenProber) -> Probe:
     """What asks in the place of all who wait for a route, until it is cancelled."""
-    waited = 0.25
-
-    def wait(state: tenacity.RetryCallState) -> float:
-        nonlocal waited
-        waited = _cadence(state.seconds_since_start or 0.0)
-        return waited
 
     async def once(prober: Prober) -> None:
-        now = time.monotonic()
-        if not route.sleepers or now - route.last_probe < GAP * waited:
-            return
-        route.last_probe = now
-        route.counters.probes += 1
         try:
             await prober()
         except Exception as error:  # noqa: BLE001 - it only matters whether it is an answer
-            if prober.refused(error) or not prober.answered(error):
-                return
-        route.answered()
+            if not prober.refused(error) and prober.answered(error):
+                route.answered(proof=False)
+        else:
+            route.answered(proof=prober.proves)
 
     async def probe() -> None:
-        policy = AsyncRetrying(
-            retry=tenacity.retry_if_result(lambda _: True),
-            wait=wait,
-            stop=tenacity.stop_never,
-            sleep=asyncio.sleep,
-        )
+        began = time.monotonic()
+        under_way: set[asyncio.Task[None]] = set()
         try:
             async with open_prober() as prober:
-                await policy(once, prober)
+                try:
+                    while True:
+                        cadence = _cadence(time.monotonic() - began)
+                        waited = time.monotonic() - route.last_probe
+                        # Somebody else's probe, a warm-up's, is as good.
+                        if waited < GAP * cadence:
+                            await asyncio.sleep(cadence - waited)
+                            continue
+                        if route.sleepers and len(under_way) < PROBES_AT_ONCE:
+                            route.last_probe = time.monotonic()
+                            route.counters.probes += 1
+                            task = asyncio.ensure_future(once(prober))
+                            under_way.add(task)
+                            task.add_done_callback(under_way.discard)
+                        await asyncio.sleep(cadence)
+                finally:
+                    for task in under_way.copy():
+                        task.cancel()
+                    await asyncio.gather(*under_way, return_exceptions=True)
         except Exception as error:  # noqa: BLE001 - without a prober, waits run their length
             _log.own_failure("probing the route", error, strict=_settings.current().strict)
 

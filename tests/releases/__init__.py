@@ -94,7 +94,7 @@ def misfits(shapes: dict[str, Shape]) -> list[str]:
         if shape.kind != kind:
             found.append(f"{where} is not of the kind {kind!r}: {shape.kind}")
             continue
-        known = set() if seam.coroutine else {"contextmanager"}
+        known = set() if seam.coroutine else {"contextmanager", "without_sdk_method_telemetry"}
         found += [
             f"{where} is decorated with @{name}" for name in shape.decorators if name not in known
         ]

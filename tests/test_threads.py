@@ -1,0 +1,104 @@
+"""Work in a thread of its own: whatever the program does with its loop and its executor."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from tinker_routefix import _threads
+
+
+def ours() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "tinker-routefix"]
+
+
+def until_done() -> None:
+    for thread in ours():
+        thread.join(10)
+    assert not ours()
+
+
+def test_result_and_exception_come_back() -> None:
+    def fail() -> None:
+        raise OSError("too many open files")
+
+    async def program() -> int:
+        with pytest.raises(OSError, match="too many"):
+            await _threads.run(fail)
+        return await _threads.run(threading.get_ident)
+
+    assert asyncio.run(program()) != threading.get_ident()
+    until_done()
+
+
+def test_busy_default_executor_does_not_hold_it_up() -> None:
+    """A program may have a hundred tokenizers in it: a wait of a second took 45."""
+    free = threading.Event()
+
+    async def program() -> None:
+        loop = asyncio.get_running_loop()
+        busy = [loop.run_in_executor(None, free.wait, 60) for _ in range(100)]
+        try:
+            await asyncio.wait_for(_threads.run(lambda: None), 20)
+            assert not any(one.done() for one in busy)
+        finally:
+            free.set()
+            await asyncio.gather(*busy)
+
+    asyncio.run(program())
+
+
+def test_loop_goes_on_meanwhile() -> None:
+    async def program() -> int:
+        working = asyncio.ensure_future(_threads.run(lambda: time.sleep(0.5)))
+        ticks = 0
+        while not working.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return ticks
+
+    assert asyncio.run(program()) >= 5
+
+
+def test_cancelled_waiter_is_not_told_the_outcome() -> None:
+    goes_on, failed = threading.Event(), []
+
+    def fail() -> None:
+        goes_on.wait(10)
+        raise OSError("nobody waits for this")
+
+    async def program() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, about: failed.append(about))
+        waiting = asyncio.ensure_future(_threads.run(fail))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        goes_on.set()
+        while ours():  # noqa: ASYNC110 - a thread tells nobody
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        gc.collect()
+
+    asyncio.run(program())
+    assert not failed
+
+
+def test_loop_closed_meanwhile_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    goes_on = threading.Event()
+
+    async def program() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(_threads.run(lambda: goes_on.wait(10)), 0.01)
+
+    asyncio.run(program())
+    goes_on.set()
+    until_done()
+    assert not failed

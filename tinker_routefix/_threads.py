@@ -1,0 +1,44 @@
+"""Work that would block the event loop, in a thread of its own.
+
+Not in the loop's default executor: the program shares that, and where it is busy a wait of a
+second was measured to take 45. Nor in a pool of the shim's: its threads would stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_T = TypeVar("_T")
+
+
+async def run(work: Callable[[], _T]) -> _T:
+    """What a function returns or raises that is called in a thread of its own."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if future.done():  # cancelled meanwhile
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def call() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:  # noqa: BLE001 - it is raised where the result is awaited
+            error = raised
+        # A loop that was closed meanwhile has nobody who waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=call, name="tinker-routefix", daemon=True).start()
+    return await future
