@@ -7,6 +7,7 @@ what a session runs. The last line says what did not run.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import json
@@ -50,9 +51,12 @@ FILES = {
     name: [f"tests/test_{file}.py" for file in files] for name, files in MATRIX["files"].items()
 }
 
-CACHE = Path(".nox/.cache").absolute()
+ROOT = Path(__file__).parent.absolute()
+CACHE = ROOT / ".nox" / ".cache"
 # The tests wait more than they work, so there are more of them at a time than cores.
 PYTEST = ("-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
+# Each worker collects all tests, and there are few of these.
+CORE = ("-n", "4", "-m", "core", "tests")
 
 
 # --- What ran, in one line ---------------------------------------------------------------
@@ -78,7 +82,10 @@ def print_last_line() -> None:
         sessions = json.loads(report.read_text("utf-8"))["sessions"]
         tests = sum((junit(path) for path in RUN.glob("*.xml")), Counter[tuple[str, bool]]())
         counts = Counter(ran for (_, ran), number in tests.items() for _ in range(number))
-        idle = sorted({file for file, _ in tests} - {file for file, ran in tests if ran})
+        named = {file for file, _ in tests}
+        if "--" not in sys.argv and any(one["name"] == "tests" for one in sessions):
+            named |= {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+        idle = sorted(named - {file for file, ran in tests if ran})
         missed = [
             f"{(one['signatures'] or [one['name']])[0]}: {one['reason']}"
             for one in sessions
@@ -107,11 +114,11 @@ if "NOX_RUN" not in os.environ:
 @functools.cache
 def state() -> str:
     """What the tests and their coverage depend on: neither is mixed with another commit's."""
-    digest = hashlib.sha256(Path("pyproject.toml").read_bytes())
+    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes())
     for folder in ("autoload", "tests", "tinker_routefix"):
-        for path in sorted(Path(folder).rglob("*")):
+        for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(f"{path.as_posix()}\0".encode() + path.read_bytes())
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -119,11 +126,13 @@ def wheel(session: nox.Session) -> str:
     """The package, built once for all sessions: they test the file that a user would install."""
     folder = CACHE / "wheels" / state()
     if not folder.is_dir():
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        part = Path(session.create_tmp()) / "wheel"
+        part = Path(session.create_tmp()).absolute() / "wheel"
+        shutil.rmtree(part, ignore_errors=True)
         session.run("uv", "build", "--quiet", "--wheel", f"--out-dir={part}", external=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(part, folder, dirs_exist_ok=True)
+        # A session beside this one may have been first.
+        with contextlib.suppress(OSError):
+            part.rename(folder)
     return str(next(folder.glob("*.whl")))
 
 
@@ -158,13 +167,15 @@ def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
     """Run tests; where CI runs them on the main Python, `coverage` is told what they cover."""
     if Path.cwd().name != "away":
         away(session)
-    number = len(list(RUN.glob("*.xml")))
-    report = RUN / f"{session.name.replace('/', '-')}-{number}.xml"
+    number = len(list(RUN.glob(f"{session.name}-*.xml")))
+    report = RUN / f"{session.name}-{number}.xml"
     python: tuple[str, ...] = ("python",)
     if covered and session.python == MAIN_PYTHON:
-        data = CACHE / "coverage" / state() / f".coverage.{session.name}.{number}"
-        data.parent.mkdir(parents=True, exist_ok=True)
-        session.env["COVERAGE_FILE"] = str(data)
+        data = CACHE / "coverage" / state() / session.name
+        if not number:
+            shutil.rmtree(data, ignore_errors=True)
+        data.mkdir(parents=True, exist_ok=True)
+        session.env["COVERAGE_FILE"] = str(data / f".coverage.{number}")
         python = ("python", "-m", "coverage", "run", "--rcfile=tests/coverage.toml")
     # 5: nothing was collected.
     session.run(
@@ -194,6 +205,12 @@ def check_python(session: nox.Session) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - nox itself runs on older ones
         leave = session.error if os.environ.get("CI") == "true" else session.skip
         leave(f"nox runs on Python {RUNNING_PYTHON}, and 3.11 or newer is needed")
+    # nox keeps an environment that another Python has made.
+    version = "import sys; print(*sys.version_info[:2], sep='.')"
+    made_with = str(session.run("python", "-c", version, silent=True, log=False)).strip()
+    if made_with != RUNNING_PYTHON:
+        make = ("uv", "venv", "--quiet", "--clear", f"--python={sys.executable}")
+        session.run(*make, session.virtualenv.location, external=True)
 
 
 # --- nox ---------------------------------------------------------------------------------
@@ -244,7 +261,7 @@ def core(session: nox.Session) -> None:
     """The core tests with the oldest tinker of the matrix, on the Python that runs nox."""
     check_python(session)
     install(session, requirement(OLDEST))
-    pytest(session, "-m", "core", "tests")
+    pytest(session, *CORE)
 
 
 @nox.session
@@ -272,7 +289,7 @@ def compat(session: nox.Session) -> None:
         install(session, requirement(tinker))
         if tinker != "newest":
             # What tinkers between the first and the last cover, those do too.
-            pytest(session, *FILES["compat"], covered=tinker in ENDS)
+            pytest(session, "-n", "6", *FILES["compat"], covered=tinker in ENDS)
         elif main:
             apart = [f"--ignore={name}" for name in FILES["own-session"]]
             pytest(session, "tests", *apart)
@@ -306,7 +323,8 @@ def processes(session: nox.Session) -> None:
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
 def schedules(session: nox.Session) -> None:
-    """Schedules of faults, drawn with fixed seeds: SCHEDULES of them, 320 by default."""
+    """Schedules of faults, drawn with fixed seeds: SCHEDULES of them, 160 by default."""
+    session.env.setdefault("SCHEDULES", os.environ.get("SCHEDULES", "160"))
 
     def run(tinker: str) -> None:
         install(session, requirement(tinker))
@@ -324,7 +342,8 @@ def fireworks(session: nox.Session) -> None:
         # No row may find the tinker of another one.
         session.run("uv", "pip", "uninstall", "--quiet", "tinker", "fireworks-ai", external=True)
         install(session, *MATRIX["fireworks"][row])
-        pytest(session, "tests/test_fireworks.py")
+        # Each worker takes seconds to import this SDK.
+        pytest(session, "-n", "4", "tests/test_fireworks.py")
 
     each(session, MATRIX["fireworks"], run)
 
@@ -332,8 +351,8 @@ def fireworks(session: nox.Session) -> None:
 @nox.session(python=OLDEST_PYTHON, tags=["ci"], default=False)
 def minimums(session: nox.Session) -> None:
     """The lowest wrapt, tenacity and httpx that are allowed."""
-    session.install("--resolution=lowest-direct", f"tinker-routefix @ file://{wheel(session)}")
-    lowest = session.run("uv", "pip", "freeze", silent=True, external=True) or ""
+    compile_pins = ("uv", "pip", "compile", "--quiet", "--resolution=lowest-direct")
+    lowest = str(session.run(*compile_pins, "pyproject.toml", silent=True, external=True))
     names = {Requirement(line).name for line in PROJECT["project"]["dependencies"]}
     pins = [line for line in lowest.splitlines() if line.partition("==")[0] in names]
     session.log(f"the minimums are {', '.join(pins)}")
@@ -342,7 +361,7 @@ def minimums(session: nox.Session) -> None:
     quiet = ("-W", "ignore::DeprecationWarning")
     files = ["tests/test_control_plane.py", "tests/test_policy.py", "tests/test_seams.py"]
     pytest(session, *quiet, *files)
-    pytest(session, *quiet, "-m", "core", "tests")
+    pytest(session, *quiet, *CORE)
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
@@ -350,14 +369,14 @@ def coexist(session: nox.Session) -> None:
     """Beside other packages that patch tinker, httpx or asyncio."""
     others = ("ddtrace", "logfire", "nest_asyncio", "opentelemetry-instrumentation-httpx")
     install(session, "tinker", *others, "sentry-sdk")
-    pytest(session, "tests/test_coexist.py")
+    pytest(session, "-n", "4", "tests/test_coexist.py")
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def examples(session: nox.Session) -> None:
     """The recipes for structlog, Prometheus and OpenTelemetry, and what arrives there."""
     install(session, "tinker", *dependencies("examples"))
-    pytest(session, "tests/test_examples.py")
+    pytest(session, "-n", "4", "tests/test_examples.py")
 
 
 def test_wire(session: nox.Session, *options: str) -> None:
@@ -385,6 +404,16 @@ def releases(session: nox.Session) -> None:
         session.skip("the package index cannot be reached")
 
 
+@nox.session(python=MAIN_PYTHON, default=False, tags=["wide"])
+def site(session: nox.Session) -> None:
+    """The built pages in a browser: their search, and that nothing is fetched from elsewhere."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        session.skip("there is no Chromium: apt-get install chromium")
+    groups = nox.project.dependency_groups(PROJECT, "docs", "test")
+    session.install("-e", ".[lab,tinker]", *groups, "playwright")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/test_site.py"]))
+
+
 # In parallel it waits until all others have ended.
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
 def coverage(session: nox.Session) -> None:
@@ -399,7 +428,9 @@ def coverage(session: nox.Session) -> None:
     # Elsewhere: a report deletes what it finds beside its file.
     session.env["COVERAGE_FILE"] = str(Path(session.create_tmp()).absolute() / ".coverage")
     options = "--rcfile=tests/coverage.toml"
-    session.run("coverage", "combine", "--keep", "--quiet", options, str(data / state()))
+    parts = sorted((data / state()).iterdir())
+    session.log(f"what was covered by {', '.join(part.name for part in parts)}")
+    session.run("coverage", "combine", "--keep", "--quiet", options, *map(str, parts))
     session.run("coverage", "report", options, *session.posargs)
 
 
@@ -447,7 +478,7 @@ def latest(session: nox.Session) -> None:
     """The newest tinker of today, also one that is not known here: its seams, the core tests."""
     install(session, "tinker", "packaging", "pip")
     session.run("python", "-m", "tools.latest")
-    pytest(session, "-m", "core", "tests", covered=False)
+    pytest(session, *CORE, covered=False)
 
 
 @nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
@@ -458,7 +489,7 @@ def wrapt(session: nox.Session) -> None:
         major, _, part = row.partition(" ")
         install(session, "tinker", f"wrapt{major}")
         session.env["WRAPT_DISABLE_EXTENSIONS"] = "1" if part == "pure" else ""
-        pytest(session, "-m", "core", "tests", covered=False)
+        pytest(session, *CORE, covered=False)
 
     each(session, ["<2", "<2 pure", ">=2", ">=2 pure"], run)
 
@@ -495,10 +526,10 @@ def downstream(session: nox.Session) -> None:
 
 @nox.session(name="update-releases", python=MAIN_PYTHON, tags=["update"], default=False)
 def update_releases(session: nox.Session) -> None:
-    """Write down what the package index has of tinker, and the README's table."""
+    """Write down what the package index has of tinker, and the table of docs/compatibility.md."""
     install(session, "packaging", "pip")
     session.run("python", "-m", "tools.releases", *session.posargs)
-    session.run("cog", "-r", "README.md")
+    session.run("cog", "-r", "docs/compatibility.md")
 
 
 @nox.session(python=MAIN_PYTHON, tags=["update"], default=False)

@@ -1,4 +1,4 @@
-"""Screenshots of the command line, as SVG files for the README and the documentation.
+"""Screenshots of the command line, as SVG files for the documentation.
 
 `python -m tools.screenshots` runs `status`, `check` and `demo` against the lab and rewrites
 `docs/images`; names behind it choose some of them. What they say is what was measured, so each
@@ -47,6 +47,10 @@ class Shot(Rich):
             for row in rows
         ]
         super().table(title, tidy)
+
+    def _width(self) -> int:
+        """The picture's, as if it were a terminal's."""
+        return WIDTH
 
 
 def prompt(console: Console, command: str) -> None:
