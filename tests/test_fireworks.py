@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import tinker_routefix
 from tests import fireworks_programs as programs
 from tests.common import exact
 from tests.conftest import run_python
-from tests.fireworks_programs import connect, forward_backward, optim_step, save, train
-from tinker_routefix.lab import Fault
+from tests.fireworks_programs import connect, forward_backward, optim_step, save, sdk, train
+from tinker_routefix.lab import Answer, Fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,59 @@ def test_race_after_the_manager_reports_ready_is_survived(make_lab: MakeLab, pla
     lab = make_lab()
     run(lab)
     exact(lab, gradients=1, optim_steps=1)
+
+
+def _step(client: Any, kind: str) -> None:
+    """One submission of a kind: two that tinker repeats inside of the request, one outside."""
+    if kind == "save":
+        save(client)
+    else:
+        {"forward_backward": forward_backward, "optim_step": optim_step}[kind](client).result(60)
+
+
+@pytest.mark.trains_twice
+@pytest.mark.parametrize("lost", [None, Answer(502, b"")], ids=["dropped", "HTTP 502"])
+@pytest.mark.parametrize("kind", ["forward_backward", "optim_step", "save"])
+def test_submission_with_lost_answer_then_404_is_not_sent_again(
+    make_lab: MakeLab, plain: Plain, kind: str, lost: Answer | None
+) -> None:
+    def run() -> tuple[BaseException, list[int | None]]:
+        lab = make_lab()
+        client = connect(lab.base_url)
+        lab.fault(Fault(kinds=[kind], count=1, lost_answer=True, answer=lost))
+        lab.fault(Fault(kinds=[kind], count=2))
+        error = crashes(lambda: _step(client, kind))
+        return error, [e.status for e in lab.exchanges if e.kind == kind]
+
+    with plain():
+        _, expected = run()
+    error, sent = run()
+    assert sent == expected
+    assert sent[-1] == 404
+    assert tinker_routefix.may_have_been_carried_out(error)
+
+
+def test_managers_with_two_keys_do_not_hurt_each_other(make_lab: MakeLab) -> None:
+    """A revoked key beside a good one: the manager with the request's own key asks."""
+    lab = make_lab()
+    good = programs.manager(lab.origin)
+    revoked = sdk().TrainerJobManager(api_key="revoked", base_url=lab.origin)
+    lab.fault(
+        Fault(
+            kinds=["control_plane"],
+            at="control_plane",
+            answer=Answer(401, {"error": {"code": "UNAUTHENTICATED"}}),
+            when=lambda exchange: "revoked" in exchange.headers.get("x-api-key", ""),
+        )
+    )
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["optim_step", "get_info"], seconds=STALE))
+    train(client)
+    exact(lab, gradients=1, optim_steps=1)
+    asked = [e for e in lab.exchanges if e.kind == "control_plane" and e.job]
+    assert asked
+    assert {e.status for e in asked} == {200}
+    del good, revoked
 
 
 @pytest.mark.parametrize("kind", ["forward_backward", "optim_step"])

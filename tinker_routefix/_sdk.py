@@ -524,7 +524,11 @@ class _Refused:
             error,
             budget=self._budget,
             headers=headers,
-            send=self._send_fresh if _is_gateways(error) else self._send_beside_probes,
+            send=(
+                self._send_fresh
+                if _is_gateways(error)
+                else functools.partial(self._send_beside_probes, counted=1)
+            ),
             refused=self.refused,
             uncertain=self._uncertain,
             probe=light_prober(self._route, functools.partial(_open_prober, self._lending)),
@@ -559,8 +563,11 @@ class _Refused:
             self._record_try(error)
             raise
 
-    async def _send_beside_probes(self) -> Any:
+    async def _send_beside_probes(self, *, counted: int = 0) -> Any:
         """Send it over a connection that answers probes.
+
+        Args:
+            counted: How many of these replays have been counted already.
 
         Raises:
             Exception: The request's 404. It is the pod's where the same connection has answered
@@ -573,7 +580,10 @@ class _Refused:
                 if not await _is_probe_answered(self._route, send):
                     break
                 self._route.counters.probes += 1
-                self._route.counters.replays += 1
+                if counted:
+                    counted -= 1
+                else:
+                    self._route.counters.replays += 1
                 self._sent_beside_probes += 1
                 try:
                     return await send(self._request)
