@@ -39,7 +39,6 @@ PASSING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("passing", PASSING.values(), ids=PASSING)
 @pytest.mark.parametrize("kind", ["forward_backward", "poll"])
 def test_control_plane_that_fails_for_the_whole_outage_ends_no_run(
@@ -265,7 +264,6 @@ def test_pod_without_get_info_in_another_shape_does_not_hold_connecting_up(
     assert not lab.ledger.duplicates()
 
 
-@pytest.mark.core
 def test_half_stale_replicas_that_say_404_in_html_are_survived(
     make_lab: MakeLab, plain: Plain
 ) -> None:
@@ -284,6 +282,16 @@ def test_half_stale_replicas_that_say_404_in_html_are_survived(
     with plain(), pytest.raises(Exception, match="404"):
         run()
     exact(run(), gradients=4, optim_steps=4)
+
+
+def test_probe_that_hangs_does_not_hold_a_404_of_unknown_shape_back(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["get_info"], hang=True, count=2))
+    lab.fault(Fault(kinds=["forward_backward"], count=1, answer=Answer(404, "<html>404</html>")))
+    with programs.took(0, 9):
+        forward_backward(client).result(programs.PATIENCE)
+    exact(lab, gradients=1, optim_steps=0)
 
 
 def test_cold_race_behind_a_gateway_that_says_404_in_html_is_survived(make_lab: MakeLab) -> None:
@@ -419,7 +427,6 @@ def test_busy_default_executor_does_not_stretch_an_outage(make_lab: MakeLab) -> 
     assert lab.ledger.optim_steps == 1
 
 
-@pytest.mark.core
 def test_one_probe_that_hangs_does_not_keep_the_others_back(make_lab: MakeLab) -> None:
     lab = make_lab()
     client = connect(lab.base_url)

@@ -672,10 +672,10 @@ def test_ended_job_is_noted_by_what_was_said_last_to_any_key(mocker: Any) -> Non
     control_plane = ControlPlane(JOB)
 
     async def program() -> list[bool]:
-        noted = [control_plane.says_over]
+        noted = [(control_plane.last_answer.state is JobState.OVER)]
         for number, key in enumerate(("one", "two", "one")):
             await script.ask(control_plane, 2 * number, key=key)
-            noted.append(control_plane.says_over)
+            noted.append(control_plane.last_answer.state is JobState.OVER)
         return noted
 
     assert asyncio.run(program()) == [False, False, True, False]

@@ -64,6 +64,7 @@ SUBMISSIONS: dict[str, tuple[str, Call]] = {
     "save for sampler": ("save_sampler", programs.sampler),
     "load": ("load", _load),
     "unload": ("other", _raw("unload_model")),
+    "custom loss": ("other", _raw("create_custom_loss")),
     "unknown endpoint": ("other", _raw("weight_sync")),
 }
 """Kind of request in the lab, and the call that makes it."""
@@ -120,7 +121,6 @@ def lose_then_stale(lab: Lab, kind: str, lost: Answer | None) -> FirstSubmission
     return first
 
 
-@pytest.mark.core
 @pytest.mark.trains_twice
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
 @pytest.mark.parametrize(("kind", "call"), SUBMISSIONS.values(), ids=SUBMISSIONS)
@@ -153,9 +153,10 @@ def test_submission_with_lost_answer_then_404_is_not_sent_again(
     assert (job.uncertain, job.replays, job.given_up, job.failed_fast) == (1, 0, 0, 0)
 
 
+# What tinker repeats inside of the request, and outside.
 @pytest.mark.core
 @pytest.mark.trains_twice
-@pytest.mark.parametrize("kind", ["forward_backward", "optim_step", "save"])
+@pytest.mark.parametrize("kind", ["forward_backward", "save"])
 def test_answer_lost_within_a_replay_ends_the_replays(make_lab: MakeLab, kind: str) -> None:
     """404, replay, its answer is lost, tinker's repeat gets the 404 again."""
     lab = make_lab()
@@ -228,7 +229,6 @@ REPEATED: dict[str, tuple[str, Callable[[Lab], None]]] = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.trains_twice
 @pytest.mark.parametrize(("kind", "run"), REPEATED.values(), ids=REPEATED)
 def test_repeatable_request_with_lost_answer_then_404_survives(
@@ -261,7 +261,6 @@ TURNED_AWAY = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("answer", TURNED_AWAY.values(), ids=TURNED_AWAY)
 @pytest.mark.parametrize("kind", ["forward_backward", "optim_step", "save"])
 def test_submission_that_was_turned_away_before_the_404_is_replayed(

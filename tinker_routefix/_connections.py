@@ -181,9 +181,11 @@ class Lending:
 
 
 def _close_later(pool: Pool, client: Any) -> None:
-    closing = asyncio.get_running_loop().create_task(
-        _close(pool, client), context=contextvars.Context()
-    )
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # its last use ended where a coroutine was collected: on no loop
+        return
+    closing = loop.create_task(_close(pool, client), context=contextvars.Context())
     _closing.add(closing)
     closing.add_done_callback(_closing.discard)
 

@@ -406,11 +406,10 @@ class ControlPlane:
         return self._counters.questions
 
     @property
-    def says_over(self) -> bool:
-        """Whether the last thing that it said, to any key, is that the job has ended or is gone."""
+    def last_answer(self) -> Answer:
+        """What was said last, to any key."""
         answers = [flight.answer for flight in self._flights.values()]
-        last = max(answers, key=lambda answer: answer.at, default=NOT_ASKED)
-        return last.state is JobState.OVER
+        return max(answers, key=lambda answer: answer.at, default=NOT_ASKED)
 
     async def ask(self, headers: Mapping[str, str]) -> Answer:
         """Whether the job runs, as of at most :data:`GOOD_FOR` seconds ago; never raises.

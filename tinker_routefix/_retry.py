@@ -182,9 +182,9 @@ class Waiting:
             self._released += 1
             pace = PACE if self._released < SLOWER_AFTER else SLOWER_PACE
             self._not_before = time.monotonic() + random.uniform(*pace)  # noqa: S311
-        elif confirm is None:
-            self.full_waits += 1
+        else:
             self._released = 0
+            self.full_waits += confirm is None
 
     async def _pause(self, seconds: float, *, since: float) -> bool:
         return await self.route.pause(
@@ -290,6 +290,7 @@ class Replay(Waiting):
         self._note_recovery()
 
     def _note_recovery(self) -> None:
+        self.route.answered(proof=True)
         self._forget()
         self.route.counters.recovered += 1
         self._publish(events.Recovered, replays=self.replays, seconds=self._waited())
@@ -333,7 +334,7 @@ class Replay(Waiting):
         if self._uncertain() is not None:
             return False
         # Probes that are answered tell as much, and the control plane has been asked by then.
-        if self._released <= 1:
+        if self._released <= 1 or self._unconfirmed() is not None:
             await self.ask(self._headers)
         return not self.ended()
 
@@ -346,7 +347,7 @@ class Replay(Waiting):
         """Wait for proof that the job runs; False where there is none in time, or it does not."""
         if not self._released:
             await self.ask(self._headers)
-        while not self.ended():
+        while not self.ended() and self._uncertain() is None:
             if self.connecting or self._proven():
                 return True
             left = self._left()

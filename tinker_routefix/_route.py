@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from . import _report
-from ._control_plane import ControlPlane
+from ._control_plane import ControlPlane, JobState
 from ._counters import Counters
 from ._log import RateLimit
 from ._submissions import RaisedSteps
@@ -89,11 +89,22 @@ class Route:
         self.proven_at = float("-inf")
         """When the pod last answered a request through the route with success."""
         self.last_probe = float("-inf")
+        self.probe_refused_at = float("-inf")
+        """When a probe beside a request last got a 404: what has failed since failed with it."""
         self._troubled = 0
         self._sleepers: set[asyncio.Future[None]] = set()
         self._paced = 0
         self._leaving: deque[asyncio.Future[None]] = deque()
         self._prober: asyncio.Task[None] | None = None
+
+    @property
+    def over(self) -> bool:
+        """The control plane has said that the job is over, and the pod has not answered since.
+
+        A job that is resumed shows its old state for a while.
+        """
+        last = self.control_plane.last_answer
+        return last.state is JobState.OVER and last.at > self.proven_at
 
     @property
     def watched(self) -> bool:

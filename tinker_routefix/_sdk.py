@@ -14,6 +14,7 @@ import contextvars
 import dataclasses
 import functools
 import json
+import random
 import re
 import sys
 import time
@@ -51,6 +52,7 @@ _UNSEEN = object()
 
 _API = "/api/v1/"
 _TELEMETRY = _API + "telemetry"
+_POLL = _API + "retrieve_future"
 _HEARTBEAT = _API + "session_heartbeat"
 _DYNAMIC_CONFIG = _API + "client/dynamic_config"
 _WEIGHTS_INFO = _API + "weights_info"
@@ -151,7 +153,9 @@ class _Pool:
         for index, client in enumerate(clients):
             if client is old:
                 clients[index] = new.client
-        return True
+                return True
+        # tinker itself has put another one there.
+        return False
 
     async def answers(self, client: Any) -> bool:
         if client.base_url.userinfo:
@@ -300,9 +304,9 @@ async def _send(
 ) -> Any:
     route: Route = lending.pool.route
     awaited = _awaited.get()
-    if awaited is not None:
-        awaited.lending = lending
     path = _path(args, kwargs)
+    if awaited is not None and path == _POLL:
+        awaited.lending = lending
     budget = _connect_budget(lending, path, args, kwargs)
     if route.raised:
         _warn_if_step_repeated(route, lending.client, _options(args, kwargs))
@@ -332,7 +336,7 @@ async def _send(
         if _note(error) is not None or _is_background(path, route, budget):
             # Refused and given up on below us: whoever replaced a seam calls our first wrapper,
             # and it has done its work. Or a call that the program does not wait for.
-            if path == _HEARTBEAT and not route.control_plane.says_over:
+            if path == _HEARTBEAT and not route.over:
                 # Its connection is kept alive to a replica that may stay stale for good.
                 lending.spoiled = True
                 lending.renew()
@@ -382,7 +386,7 @@ def _is_background(path: str, route: Route, budget: ConnectBudget | None) -> boo
         # A refresh; until the next one what was known goes on to hold.
         return budget is None
     # After a give-up the program has its exception; its farewell must not wait once more.
-    farewell = route.given_up or route.control_plane.says_over
+    farewell = route.given_up or route.over
     return farewell and _FINISH.fullmatch(path) is not None
 
 
@@ -504,6 +508,7 @@ class _Refused:
         self._awaited = awaited
         self._budget = budget
         self._first = error
+        self._refused_at = time.monotonic()
         self._is_the_pods = False
         """The 404 has turned out to be an answer of the pod's."""
         self._sent_beside_probes = 0
@@ -524,11 +529,7 @@ class _Refused:
             error,
             budget=self._budget,
             headers=headers,
-            send=(
-                self._send_fresh
-                if _is_gateways(error)
-                else functools.partial(self._send_beside_probes, counted=1)
-            ),
+            send=(self._send_fresh if _is_gateways(error) else self._send_unknown),
             refused=self.refused,
             uncertain=self._uncertain,
             probe=light_prober(self._route, functools.partial(_open_prober, self._lending)),
@@ -537,9 +538,12 @@ class _Refused:
 
     async def settle(self, replay: Replay) -> Any:
         """The request's answer in the end."""
-        if _is_gateways(replay.error) or self._uncertain() is not None:
+        settings = _settings.current()
+        replays = replay.connecting or settings.max_replays > 0
+        if _is_gateways(replay.error) or self._uncertain() is not None or not replays:
             return await replay.run()
         # Of unknown shape: before anything else, whether it is the pod's own.
+        await self._route.turn()
         try:
             answer = await self._send_beside_probes()
         except Exception as error:
@@ -559,9 +563,17 @@ class _Refused:
         try:
             return await target.send(self._request)
         except BaseException as error:
-            target.spoiled = _is_refused(error, self._route.job)
-            self._record_try(error)
+            if _is_refused(error, self._route.job):
+                target.spoiled = True
+            self._note_outcome(error)
             raise
+
+    async def _send_unknown(self) -> Any:
+        """Replay a 404 of unknown shape; the replay has counted it already."""
+        if self._route.probe_refused_at > self._refused_at:
+            # The route is stale for probes as well: there is nothing to find out.
+            return await self._send_fresh()
+        return await self._send_beside_probes(counted=1)
 
     async def _send_beside_probes(self, *, counted: int = 0) -> Any:
         """Send it over a connection that answers probes.
@@ -574,43 +586,62 @@ class _Refused:
                 a probe and refused the request :data:`BELIEVED_AFTER` times in a row, and the
                 gateway's where it refused the probe.
         """
-        last: Exception | None = None
-        async with _one_connection(self._lending) as send:
+        route, last = self._route, self._first
+        if route.probe_refused_at > self._refused_at:
+            raise last
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                send = await stack.enter_async_context(_one_connection(self._lending))
+            except Exception as failure:  # noqa: BLE001 - then the program's 404 is waited with
+                strict = _settings.current().strict
+                _log.own_failure("opening a connection", failure, strict=strict)
+                raise last from None
             for _ in range(BELIEVED_AFTER):
-                if not await _is_probe_answered(self._route, send):
-                    break
-                self._route.counters.probes += 1
+                # A balancer that takes turns by request must not send all probes to one replica,
+                # and all tries to another.
+                for _ in range(random.choice((1, 2))):  # noqa: S311
+                    if not await _is_probe_answered(route, send):
+                        route.probe_refused_at = time.monotonic()
+                        raise last
+                    route.counters.probes += 1
                 if counted:
                     counted -= 1
                 else:
-                    self._route.counters.replays += 1
+                    route.counters.replays += 1
                 self._sent_beside_probes += 1
                 try:
                     return await send(self._request)
                 except BaseException as error:
-                    self._record_try(error)
+                    self._note_outcome(error)
                     if not (isinstance(error, Exception) and self.refused(error)):
                         raise
                     last = error
-                    if _is_gateways(error) or self._uncertain() is not None:
-                        break
-                await self._route.rest(BETWEEN)
-            else:
-                self._is_the_pods = True
-        raise last or self._first
+                self._refused_at = time.monotonic()
+                if _is_gateways(last) or self._uncertain() is not None:
+                    raise last
+                await route.rest(BETWEEN)
+        # The program's own client may have sent each over another connection.
+        self._is_the_pods = not cast("_Pool", self._lending.pool).has_own_http
+        raise last
 
     async def _request(self, client: Any) -> Any:
         return await client.request(*self._args, **self._kwargs)
 
-    def _record_try(self, error: BaseException) -> None:
-        if not _is_refused(error, self._route.job):
-            _record_try(error, self._args, self._kwargs)
+    def _note_outcome(self, error: BaseException) -> None:
+        """Note what a replay was answered, where it is no 404 again."""
+        if _is_refused(error, self._route.job):
+            return
+        _record_try(error, self._args, self._kwargs)
+        if isinstance(error, Exception) and _is_answer(error):
+            _tell_if_answered(error, self._route)
 
     def _uncertain(self) -> str | None:
         """How an earlier try ended that may have been carried out, if that matters here."""
         submission = _submissions.current()
         options = _options(self._args, self._kwargs)
         doubt = None if submission is None else submission.uncertain(str(options.url))
+        if doubt is None and not _seams.follows_tries():
+            doubt = "cannot be followed any more, since a wrapper of the shim was taken away"
         if doubt is None or _may_be_repeated(options, self._lending.client):
             return None
         return doubt
@@ -714,8 +745,10 @@ async def _is_probe_answered(route: Route, send: _Send) -> bool:
     if route.model_id is not None:
         probes.insert(0, functools.partial(_get_info, model_id=route.model_id))
     for probe in probes:
+        # One that hangs would hold the request back: it can be replayed without.
         with contextlib.suppress(Exception):
-            await send(probe)
+            async with asyncio.timeout(_ANSWERS_WITHIN):
+                await send(probe)
             return True
     return False
 
@@ -753,8 +786,10 @@ class _Prober:
                     await send(_get_capabilities)
                     await send(self._request)
                 except Exception as other:  # noqa: BLE001 - told apart here
-                    path = httpx.URL(str(cast("Any", other).request.url)).path
-                    if not self.refused(other) or not path.endswith("/get_info"):
+                    if not self.refused(other):
+                        return False
+                    path = httpx.URL(str(cast("Any", other).response.url)).path
+                    if not path.endswith("/get_info"):
                         return False
                 else:
                     return False
@@ -796,7 +831,9 @@ async def _own_client(lending: Lending, limits: httpx.Limits) -> AsyncIterator[_
     try:
         yield lambda request: request(client)
     finally:
-        await client.close()
+        # What has been answered is not lost for that.
+        with contextlib.suppress(Exception):
+            await client.close()
 
 
 def _one_connection(lending: Lending) -> contextlib.AbstractAsyncContextManager[_Send]:
@@ -952,8 +989,10 @@ async def _warm_up(lending: Lending, instance: Any, result: Any, budget: Connect
 
 def _carry_note(error: BaseException) -> None:
     """Put our note on what the caller gets: tinker raises its own error from the 404."""
+    seen = {id(error)}
     cause = error.__cause__
-    while cause is not None:
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         note = _note(cause)
         if note is not None:
             error.add_note(note)

@@ -199,6 +199,16 @@ def is_active() -> bool:
     return _active
 
 
+def follows_tries() -> bool:
+    """Whether what tinker repeats can still be seen: nobody has taken those wrappers away."""
+    with _lock:
+        return _active and all(
+            _state(patch.seam) in (SeamState.OURS, SeamState.BURIED)
+            for patch in _ledger
+            if patch.seam.wrapper in ("follow_submission", "note_try")
+        )
+
+
 def unusable() -> str | None:
     """Why an SDK that was found is not patched, where there is one."""
     return "; ".join(_missing[sdk.name] for sdk in SDKS if sdk.name in _missing) or None
@@ -372,6 +382,8 @@ def verify() -> None:
 
 def _wrap_again(sdk: Sdk, seam: Seam) -> None:
     with _lock:
+        if _state(seam) is not SeamState.REPLACED:  # another thread was quicker
+            return
         (lost,) = (patch for patch in _ledger if patch.seam is seam)
         try:
             patch = _probe(seam)

@@ -78,7 +78,7 @@ def _was_turned_away(response: httpx.Response) -> bool:
         return True
     if response.status_code == HTTPStatus.BAD_REQUEST:
         # An edge that refuses a connection; tinker opens another one and repeats the request.
-        return not int(response.headers.get("content-length", 0))
+        return bool(response.headers.get("content-length", "0") == "0")
     try:
         body = response.content
     except httpx.StreamError:  # a body that was never read

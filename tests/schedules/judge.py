@@ -594,7 +594,8 @@ def _failed_late(played: Played) -> Iterator[str]:
     submissions = _submissions(played)
     last: dict[int, float] = {}
     for exchange in played.exchanges:
-        tag = _tag(exchange) if exchange.said and exchange.refused else None
+        # The pod's own as well: tinker may have repeated a request in between.
+        tag = _tag(exchange) if exchange.said and exchange.status == 404 else None
         if tag is not None:
             last[tag] = exchange.at + exchange.seconds
     for result in played.results:
