@@ -20,9 +20,12 @@ from tests import programs
 from tests.common import collect
 from tests.conftest import run_python
 from tests.programs import connect, exact, forward_backward, optim_step, train
+from tinker_routefix import _sdk
 from tinker_routefix.lab import Answer, Fault, Lab
 
 if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
+
     from tests.conftest import Overheard
 
 MakeLab = Callable[..., Lab]
@@ -115,6 +118,17 @@ def test_terminal_state_at_connect_is_believed_only_when_it_stays(make_lab: Make
     threading.Timer(1.2, setattr, (lab.control_plane, "state", "JOB_STATE_RUNNING")).start()
     train(connect(lab.base_url))
     exact(lab, gradients=1, optim_steps=1)
+
+
+def test_ended_job_is_noticed_at_connect_though_probes_are_answered(make_lab: MakeLab) -> None:
+    """What would end the wait is confirmed also where the route releases it meanwhile."""
+    lab = make_lab()
+    lab.control_plane.state = "JOB_STATE_COMPLETED"
+    lab.fault(Fault(kinds=["create_session"]))
+    with programs.took(1, 20), pytest.raises(tinker.NotFoundError):
+        connect(lab.base_url)
+    assert 2 <= lab.control_plane.questions <= 4
+    assert lab.count("create_session") <= 8
 
 
 def test_gone_job_with_the_control_plane_away_gives_the_404_within_the_budget(
@@ -299,6 +313,18 @@ def test_cold_race_behind_a_gateway_that_says_404_in_html_is_survived(make_lab: 
     lab.fault(Fault(answer=Answer(404, "<html>404</html>", "text/html"), seconds=3))
     train(connect(lab.base_url))
     exact(lab, gradients=1, optim_steps=1)
+
+
+def test_connection_that_cannot_be_opened_leaves_the_404_as_it_is(
+    make_lab: MakeLab, settings: Settings, mocker: MockerFixture
+) -> None:
+    settings(strict=False)
+    lab = make_lab()
+    client = connect(lab.base_url)
+    mocker.patch.object(_sdk._Pool, "client_with", side_effect=OSError(24, "Too many open files"))
+    lab.fault(Fault(kinds=["forward_backward"], count=1, answer=Answer(404, "<html>404</html>")))
+    forward_backward(client).result(programs.PATIENCE)
+    exact(lab, gradients=1, optim_steps=0)
 
 
 # --- A half-healed route asks less ----------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -196,6 +197,24 @@ def test_other_errors_may_not_have_been_carried_out(make_lab: MakeLab) -> None:
         programs.optim_step(client).result(programs.PATIENCE)
     assert not tinker_routefix.may_have_been_carried_out(caught.value)
     assert not tinker_routefix.may_have_been_carried_out(ValueError())
+
+
+def test_submission_that_waits_is_not_replayed_once_the_shim_is_uninstalled(
+    make_lab: MakeLab,
+) -> None:
+    """Nobody would see any more how its tries end."""
+    lab = make_lab()
+    client = programs.connect(lab.base_url)
+    lab.fault(Fault(kinds=("optim_step",), count=1))
+    lab.fault(Fault(kinds=("get_info",), seconds=1))
+    future = programs.optim_step(client)
+    while not lab.count("optim_step", refused=True):
+        time.sleep(0.01)
+    tinker_routefix.uninstall()
+    with pytest.raises(tinker.NotFoundError) as caught:
+        future.result(programs.PATIENCE)
+    assert tinker_routefix.may_have_been_carried_out(caught.value)
+    assert sent(lab, "optim_step") == [404]
 
 
 # --- What may be repeated still survives ---------------------------------------------------

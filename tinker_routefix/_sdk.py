@@ -509,6 +509,7 @@ class _Refused:
         self._budget = budget
         self._first = error
         self._refused_at = time.monotonic()
+        self._cannot_probe = False
         self._is_the_pods = False
         """The 404 has turned out to be an answer of the pod's."""
         self._sent_beside_probes = 0
@@ -570,8 +571,8 @@ class _Refused:
 
     async def _send_unknown(self) -> Any:
         """Replay a 404 of unknown shape; the replay has counted it already."""
-        if self._route.probe_refused_at > self._refused_at:
-            # The route is stale for probes as well: there is nothing to find out.
+        if self._cannot_probe or self._route.probe_refused_at > self._refused_at:
+            # Or the route is stale for probes as well: there is nothing to find out.
             return await self._send_fresh()
         return await self._send_beside_probes(counted=1)
 
@@ -595,6 +596,7 @@ class _Refused:
             except Exception as failure:  # noqa: BLE001 - then the program's 404 is waited with
                 strict = _settings.current().strict
                 _log.own_failure("opening a connection", failure, strict=strict)
+                self._cannot_probe = True
                 raise last from None
             for _ in range(BELIEVED_AFTER):
                 # A balancer that takes turns by request must not send all probes to one replica,
