@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import logging
 import threading
@@ -198,6 +199,15 @@ def test_budget_of_a_request_is_not_stretched_by_a_client_that_connects(
     other.join(programs.PATIENCE)
 
 
+def test_what_a_service_client_starts_is_no_part_of_connecting() -> None:
+    """Heartbeats and refreshes go on in a copy of its context."""
+    seen: list[contextvars.Context] = []
+    _sdk.connect_service(lambda: seen.append(contextvars.copy_context()), None, (), {})
+    budget = seen[0][_sdk._connecting]
+    assert budget is not None
+    assert budget.ended
+
+
 def test_failed_connect_gives_its_budget_back(make_lab: MakeLab, settings: Settings) -> None:
     settings(warmup_timeout=3)
     lab = make_lab()
@@ -342,6 +352,25 @@ def test_request_refused_while_probes_pass_asks_and_replays_little(make_lab: Mak
     ended = [e.at for e in lab.exchanges if e.kind == "optim_step" and e.refused][-1]
     (answered,) = (e.at for e in lab.exchanges if e.kind == "optim_step" and not e.refused)
     assert answered - ended < 4
+
+
+def test_replay_is_sent_over_a_connection_that_has_answered_a_probe(make_lab: MakeLab) -> None:
+    """So it gets through at once where only some of the replicas know the route."""
+    lab = make_lab(replicas=2)
+    client = connect(lab.base_url)
+    for turn in range(6):
+        lab.clear()
+        # Whichever it is that the first request of a step comes to.
+        kinds = ["forward_backward", "optim_step", "get_info"]
+        lab.fault(Fault(kinds=kinds, replica=turn % 2))
+        lab.drop_connections()
+        time.sleep(0.2)
+        train(client)
+    exact(lab, gradients=6, optim_steps=6)
+    job = programs.job_of(lab)
+    assert job.recovered >= 1
+    # One more where a probe came between the two tries of a new connection.
+    assert job.replays <= job.recovered + 1
 
 
 # --- Heartbeats, and other requests in the background ------------------------------------------

@@ -21,7 +21,7 @@ import tinker
 import tinker_routefix
 from tests import programs
 from tinker_routefix import events
-from tinker_routefix.lab import Answer, Exchange, Fault, Lab
+from tinker_routefix.lab import GATEWAY_404, Answer, Exchange, Fault, Lab
 
 if TYPE_CHECKING:
     from tests.conftest import Overheard
@@ -157,17 +157,22 @@ def test_submission_with_lost_answer_then_404_is_not_sent_again(
 # What tinker repeats inside of the request, and outside.
 @pytest.mark.core
 @pytest.mark.trains_twice
+@pytest.mark.parametrize(
+    "refusal", [GATEWAY_404, Answer(404, "<html>404</html>")], ids=["gateway", "unknown shape"]
+)
 @pytest.mark.parametrize("kind", ["forward_backward", "save"])
-def test_answer_lost_within_a_replay_ends_the_replays(make_lab: MakeLab, kind: str) -> None:
+def test_answer_lost_within_a_replay_ends_the_replays(
+    make_lab: MakeLab, kind: str, refusal: Answer
+) -> None:
     """404, replay, its answer is lost, tinker's repeat gets the 404 again."""
     lab = make_lab()
     client = programs.connect(lab.base_url)
-    lab.fault(Fault(kinds=(kind,), count=1))
+    lab.fault(Fault(kinds=(kind,), count=1, answer=refusal))
     lab.fault(Fault(kinds=(kind,), count=1, lost_answer=True, answer=None))
     lab.fault(Fault(kinds=(kind,), count=3))
     with pytest.raises(Exception) as caught:
         SUBMISSIONS[kind][1](client)
-    programs.gateway_404(caught.value)
+    assert isinstance(caught.value, tinker.NotFoundError)
     assert tinker_routefix.may_have_been_carried_out(caught.value)
     assert sent(lab, kind) == [404, None, 404]
     assert lab.ledger.count(kind) == 1
@@ -364,9 +369,10 @@ def test_submission_whose_connection_was_never_made_is_replayed(
             url = lab.base_url.replace(lab.origin, f"http://127.0.0.1:{way.port}")
             client = programs.connect(url)
             programs.train(client)
-            # Idle connections are closed as well, and one of those may be tried first: it ends
-            # without a byte of an answer, and that would count.
+            # Idle connections are closed as well, and the client has to have seen it: a request on
+            # one of them ends without a byte of an answer, and that counts.
             way.lock()
+            time.sleep(0.5)
             lab.fault(Fault(kinds=("optim_step",), count=1))
             threading.Timer(1.5, way.unlock).start()
             programs.optim_step(client).result(programs.PATIENCE)
