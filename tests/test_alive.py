@@ -231,7 +231,6 @@ def _from_checkpoint(lab: Lab) -> Any:
     return programs.settled(service.create_training_client_from_state(path))
 
 
-@pytest.mark.core
 def test_client_from_a_checkpoint_waits_and_is_warmed_up_once(
     make_lab: MakeLab, settings: Settings
 ) -> None:
