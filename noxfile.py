@@ -389,7 +389,7 @@ def test_wire(session: nox.Session, *options: str) -> None:
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def wire(session: nox.Session) -> None:
     """Real gateways: the nginx and the HAProxy of this machine, but for what takes long."""
-    test_wire(session, "-m", "not long")
+    test_wire(session, "-m", "not wide")
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)

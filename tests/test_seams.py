@@ -39,7 +39,12 @@ OWNERS: dict[str, Any] = {
 def everything() -> dict[str, dict[str, Any]]:
     """All that stands in every class that is touched, and in its bases."""
     return {
-        f"{name} {base.__qualname__}": dict(vars(base))
+        f"{name} {base.__qualname__}": {
+            # Python adds an empty one where somebody only asks for it.
+            attribute: value
+            for attribute, value in vars(base).items()
+            if attribute != "__annotations__" or value
+        }
         for name, owner in OWNERS.items()
         for base in owner.__mro__[:-1]
     }

@@ -384,6 +384,7 @@ def without_collector() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("without_collector")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("transport", TRANSPORTS)
