@@ -321,7 +321,7 @@ def processes(session: nox.Session) -> None:
     pytest(session, *FILES["processes"])
 
 
-@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
+@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False, allow_parallel=False)
 def schedules(session: nox.Session) -> None:
     """Schedules of faults, drawn with fixed seeds: SCHEDULES of them, 160 by default."""
     session.env.setdefault("SCHEDULES", os.environ.get("SCHEDULES", "160"))
