@@ -124,10 +124,6 @@ class Route:
         """How many requests wait for the route at this moment."""
         return len(self._sleepers) + self._paced
 
-    def became_warm(self) -> None:
-        """Note that the warm-up succeeded."""
-        self.warm = True
-
     def refused(self) -> None:
         """Note that the program, or a warm-up in its place, met a 404 that is not the pod's."""
         self.counters.refused += 1

@@ -672,14 +672,14 @@ class _Refused:
 
 def _is_answer(error: BaseException) -> bool:
     """Whether an error of tinker's is an HTTP answer, and not the lack of one."""
-    return isinstance(getattr(error, "response", None), httpx.Response)
+    return _status(error) is not None
 
 
 def _is_refused(error: BaseException, job: Job) -> bool:
     """Whether an error is a 404 that the gateway gave, or may have given; never raises."""
-    response = getattr(error, "response", None)
-    if not isinstance(response, httpx.Response) or response.status_code != httpx.codes.NOT_FOUND:
+    if _status(error) != HTTPStatus.NOT_FOUND:
         return False
+    response = cast("httpx.Response", cast("Any", error).response)
     try:
         if not job.owns(str(response.url)):
             return False
