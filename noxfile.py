@@ -45,18 +45,19 @@ PYTHONS: list[str] = MATRIX["pythons"]
 MAIN_PYTHON: str = MATRIX["main_python"]
 OLDEST_PYTHON: str = MATRIX["oldest_python"]
 RUNNING_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-ENDS: list[str] = MATRIX["everywhere"]
-OLDEST = ENDS[0]
+OLDEST: str = MATRIX["everywhere"][0]
 FILES = {
     name: [f"tests/test_{file}.py" for file in files] for name, files in MATRIX["files"].items()
 }
 
 ROOT = Path(__file__).parent.absolute()
 CACHE = ROOT / ".nox" / ".cache"
+AWAY = ("docs", "examples", "tests", "tools")
 # The tests wait more than they work, so there are more of them at a time than cores.
 PYTEST = ("-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
-# Each worker collects all tests, and there are few of these.
-CORE = ("-n", "4", "-m", "core", "tests")
+ALL = ("tests", *(f"--ignore={name}" for name in FILES["own-session"]))
+# Each worker collects all tests of its files, and few of them are these.
+CORE = ("-n", "4", "-m", "core", *(f"tests/test_{name}.py" for name in MATRIX["core"]))
 
 
 # --- What ran, in one line ---------------------------------------------------------------
@@ -114,26 +115,19 @@ if "NOX_RUN" not in os.environ:
 @functools.cache
 def state() -> str:
     """What the tests and their coverage depend on: neither is mixed with another commit's."""
-    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes())
-    for folder in ("autoload", "tests", "tinker_routefix"):
+    digest = hashlib.sha256()
+    for path in map(ROOT.joinpath, ("pyproject.toml", "README.md")):
+        digest.update(path.read_bytes())
+    for folder in (*AWAY, "autoload", "tinker_routefix"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def wheel(session: nox.Session) -> str:
-    """The package, built once for all sessions: they test the file that a user would install."""
-    folder = CACHE / "wheels" / state()
-    if not folder.is_dir():
-        part = Path(session.create_tmp()).absolute() / "wheel"
-        shutil.rmtree(part, ignore_errors=True)
-        session.run("uv", "build", "--quiet", "--wheel", f"--out-dir={part}", external=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # A session beside this one may have been first.
-        with contextlib.suppress(OSError):
-            part.rename(folder)
-    return str(next(folder.glob("*.whl")))
+def covered_by(session: str) -> Path:
+    """Where the coverage of a session on the main Python is, of this very code."""
+    return CACHE / "coverage" / state() / session
 
 
 def dependencies(*groups: str) -> list[str]:
@@ -151,27 +145,61 @@ def requirement(tinker: str) -> str:
     return "tinker" if tinker == "newest" else f"tinker=={tinker}"
 
 
+def built(name: str, session: nox.Session, build: Callable[[Path], None]) -> Path:
+    """A folder that all sessions share, made by the first of them."""
+    folder = CACHE / name / state()
+    if not folder.is_dir():
+        part = Path(session.create_tmp()).absolute() / name
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        build(part)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # A session beside this one may have been first.
+        with contextlib.suppress(OSError):
+            part.rename(folder)
+    return folder
+
+
+def wheel(session: nox.Session) -> str:
+    """The package, built once for all sessions: they test the file that a user would install."""
+
+    def build(part: Path) -> None:
+        session.run("uv", "build", "--quiet", "--wheel", f"--out-dir={part}", external=True)
+
+    return str(next(built("wheels", session, build).glob("*.whl")))
+
+
 def away(session: nox.Session) -> None:
-    """Go where the tests are and the sources are not: they run with the installed package."""
-    here = Path(session.create_tmp()).absolute() / "away"
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir()
-    for folder in ("docs", "examples", "tests", "tools"):
-        shutil.copytree(folder, here / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(name, here)
-    session.chdir(here)
+    """Go where the tests are and the sources are not: they run with the installed package.
+
+    It is one place for all sessions, so that each Python compiles the tests once.
+    """
+
+    def build(part: Path) -> None:
+        for folder in AWAY:
+            shutil.copytree(folder, part / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(name, part)
+
+    session.chdir(built("away", session, build))
+
+
+def measures(session: nox.Session) -> bool:
+    """Whether a session may measure what its tests cover."""
+    # One without a Python of its own is not slowed down for a person who waits for it.
+    there = session.python or (RUNNING_PYTHON if os.environ.get("CI") == "true" else None)
+    return there == MAIN_PYTHON
 
 
 def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
-    """Run tests; where CI runs them on the main Python, `coverage` is told what they cover."""
-    if Path.cwd().name != "away":
+    """Run tests; on the main Python `coverage` is told what they cover."""
+    if Path.cwd() == ROOT:
         away(session)
     number = len(list(RUN.glob(f"{session.name}-*.xml")))
     report = RUN / f"{session.name}-{number}.xml"
     python: tuple[str, ...] = ("python",)
-    if covered and session.python == MAIN_PYTHON:
-        data = CACHE / "coverage" / state() / session.name
+    if covered and measures(session):
+        data = covered_by(session.name)
         if not number:
             shutil.rmtree(data, ignore_errors=True)
         data.mkdir(parents=True, exist_ok=True)
@@ -184,7 +212,9 @@ def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
         success_codes=[0, 5],
     )
     if not any(ran for _, ran in junit(report)):
-        session.skip("no test ran")
+        # Of what a person has asked for there may be nothing here; of the rest there always is.
+        leave = session.skip if session.posargs else session.error
+        leave("no test ran")
 
 
 def each(session: nox.Session, rows: Iterable[str], run: Callable[[str], None]) -> None:
@@ -252,8 +282,14 @@ def tests(session: nox.Session) -> None:
     """All tests but the long ones, with the newest tinker, on the Python that runs nox."""
     check_python(session)
     install(session, "tinker")
-    apart = [f"--ignore={name}" for name in FILES["own-session"]]
-    pytest(session, "-m", "not long", "tests", *apart)
+    rest = ALL
+    if measures(session) and not session.posargs:
+        # It doubles the time: not for what `compat` and `robustness` measure, or nobody.
+        unmeasured = [f"tests/test_{name}.py" for name in MATRIX["unmeasured"]]
+        apart = FILES["compat"] + FILES["robustness"] + unmeasured
+        pytest(session, "-m", "not long", *apart, covered=False)
+        rest = (*ALL, *(f"--ignore={name}" for name in apart))
+    pytest(session, "-m", "not long", *rest)
 
 
 @nox.session
@@ -261,7 +297,7 @@ def core(session: nox.Session) -> None:
     """The core tests with the oldest tinker of the matrix, on the Python that runs nox."""
     check_python(session)
     install(session, requirement(OLDEST))
-    pytest(session, *CORE)
+    pytest(session, *CORE, covered=False)
 
 
 @nox.session
@@ -282,22 +318,23 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, tags=["ci"], default=False)
 def compat(session: nox.Session) -> None:
-    """Each tinker on the main Python, the oldest and the newest on all."""
+    """The core tests with each tinker, all tests with some; the oldest and the newest anywhere."""
     main = session.python == MAIN_PYTHON
 
     def run(tinker: str) -> None:
         install(session, requirement(tinker))
-        if tinker != "newest":
-            # What tinkers between the first and the last cover, those do too.
-            pytest(session, "-n", "6", *FILES["compat"], covered=tinker in ENDS)
-        elif main:
-            apart = [f"--ignore={name}" for name in FILES["own-session"]]
-            pytest(session, "tests", *apart)
-        elif session.python != RUNNING_PYTHON:
+        if tinker == "newest" and main:
+            # What `tests` of this run has covered is not run again.
+            pytest(session, *(["-m", "long"] if covered_by("tests").is_dir() else []), *ALL)
+        elif tinker == "newest" and session.python != RUNNING_PYTHON:
             # Where nox runs, `tests` has had it.
             pytest(session, "-m", "not long", *FILES["any-tinker"], *FILES["compat"])
+        elif main and tinker in MATRIX["thorough"]:
+            pytest(session, *FILES["compat"])
+        elif main or session.python != RUNNING_PYTHON:
+            pytest(session, *CORE, covered=False)
 
-    each(session, MATRIX["tinkers"] if main else ENDS, run)
+    each(session, MATRIX["tinkers"] if main else MATRIX["everywhere"], run)
 
 
 @nox.session(name="compat-boundaries", python=OLDEST_PYTHON, tags=["ci"], default=False)
@@ -321,7 +358,7 @@ def processes(session: nox.Session) -> None:
     pytest(session, *FILES["processes"])
 
 
-@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False, allow_parallel=False)
+@nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
 def schedules(session: nox.Session) -> None:
     """Schedules of faults, drawn with fixed seeds: SCHEDULES of them, 160 by default."""
     session.env.setdefault("SCHEDULES", os.environ.get("SCHEDULES", "160"))
@@ -331,7 +368,7 @@ def schedules(session: nox.Session) -> None:
         # Its clock runs ten times as fast: nothing may slow it down, also not too many at a time.
         pytest(session, "-n", "3", "tests/test_schedules.py", covered=False)
 
-    each(session, ENDS, run)
+    each(session, MATRIX["everywhere"], run)
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
@@ -343,9 +380,19 @@ def fireworks(session: nox.Session) -> None:
         session.run("uv", "pip", "uninstall", "--quiet", "tinker", "fireworks-ai", external=True)
         install(session, *MATRIX["fireworks"][row])
         # Each worker takes seconds to import this SDK.
-        pytest(session, "-n", "4", "tests/test_fireworks.py")
+        pytest(session, "-n", "3", "tests/test_fireworks.py", covered=False)
 
     each(session, MATRIX["fireworks"], run)
+
+
+@nox.session(name="core-tls", python=MAIN_PYTHON, tags=["ci"], default=False)
+@nox.parametrize("row", list(MATRIX["tls"]), ids=list(MATRIX["tls"]))
+def core_tls(session: nox.Session, row: str) -> None:
+    """The core tests with labs that serve https, over both of tinker's transports."""
+    install(session, *MATRIX["tls"][row])
+    transport = row.rpartition("-")[2]
+    session.env.update(ROUTEFIX_TESTS_TLS="1", ROUTEFIX_TESTS_TRANSPORT=transport)
+    pytest(session, *CORE, covered=False)
 
 
 @nox.session(python=OLDEST_PYTHON, tags=["ci"], default=False)
@@ -369,14 +416,14 @@ def coexist(session: nox.Session) -> None:
     """Beside other packages that patch tinker, httpx or asyncio."""
     others = ("ddtrace", "logfire", "nest_asyncio", "opentelemetry-instrumentation-httpx")
     install(session, "tinker", *others, "sentry-sdk")
-    pytest(session, "-n", "4", "tests/test_coexist.py")
+    pytest(session, "-n", "4", "tests/test_coexist.py", covered=False)
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def examples(session: nox.Session) -> None:
     """The recipes for structlog, Prometheus and OpenTelemetry, and what arrives there."""
     install(session, "tinker", *dependencies("examples"))
-    pytest(session, "-n", "4", "tests/test_examples.py")
+    pytest(session, "-n", "4", "tests/test_examples.py", covered=False)
 
 
 def test_wire(session: nox.Session, *options: str) -> None:
@@ -471,6 +518,13 @@ def jupyter(session: nox.Session) -> None:
     """A notebook's kernel, with nest_asyncio and without."""
     install(session, "tinker", "ipykernel", "nbclient", "nest_asyncio")
     pytest(session, "tests/test_jupyter.py", covered=False)
+
+
+@nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
+def torch(session: nox.Session) -> None:
+    """A loss of the program's own, which tinker needs torch for."""
+    install(session, "tinker", "torch", "numpy")
+    pytest(session, "-n", "2", "tests/test_never_twice.py", "-k", "custom", covered=False)
 
 
 @nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)

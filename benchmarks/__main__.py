@@ -14,13 +14,14 @@ from typing import Any
 
 import click
 
-from benchmarks import healthy, labs, recovery, stampede, suite
+from benchmarks import far, healthy, labs, recovery, stampede, suite
 from benchmarks.figures import EXACT, FIGURES, Target, targets
 
 BENCHMARKS: dict[str, suite.Benchmark] = {
     "healthy": healthy,
     "recovery": recovery,
     "stampede": stampede,
+    "far": far,
 }
 
 _HERE = Path(__file__).parent

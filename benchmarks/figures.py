@@ -23,6 +23,17 @@ QUESTIONS = "control-plane questions per job and second"
 PROBES = "probes per job and second after the first second"
 GAP = "longest gap in a 10 ms ticker on tinker's loop, beyond plain tinker's"
 
+# Over TLS, far away.
+FAR_CONNECT = "far away: connect on a healthy route, beyond plain tinker"
+FAR_QUESTION = "far away: a question to the control plane after the first of an incident"
+FAR_OPENED = "far away: connections opened, 100 polls in flight, 4 s outage"
+FAR_LEFT = "far away: connections open 20 s after an outage of 15 s, beyond those before"
+FAR_GAP = {
+    waiting: f"far away: longest gap beyond plain, {waiting:,} in flight" for waiting in (100, 1000)
+}
+FAR_OVERSHOOT = "far away: overshoot, median / worst, outages up to 10 s"
+IMPORT_BESIDE = "`import tinker_routefix`, on, beyond wrapt, beside tinker"
+
 FIGURES = {
     EXACT: "0",
     REQUEST: "1 % and 20 us",
@@ -33,6 +44,14 @@ FIGURES = {
     QUESTIONS: "1",
     PROBES: "2",
     GAP: "15 ms",
+    FAR_CONNECT: "1.5 round trips",
+    FAR_QUESTION: "1 round trip",
+    FAR_OPENED: "40",
+    FAR_LEFT: "4",
+    FAR_GAP[100]: "15 ms",
+    FAR_GAP[1000]: "90 ms",
+    FAR_OVERSHOOT: "0.5 s / 1.2 s",
+    IMPORT_BESIDE: "8 ms",
 }
 """What is to be reached, at most, in the order in which it is shown."""
 
@@ -107,13 +126,6 @@ def share(values: Iterable[object]) -> str:
     """How many of some outcomes are so, of how many."""
     there = [bool(value) for value in values]
     return f"{sum(there)} of {len(there)}" if there else NOTHING
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where the median lies with 95 %, by a bootstrap."""
-    chance = lot(0)
-    drawn = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(2000))
-    return drawn[50], drawn[-51]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from multiprocessing.managers import BaseManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
@@ -25,12 +27,15 @@ PYQWEST = "pyqwest"
 WIRES: Mapping[str, Mapping[str, Any]] = {
     PYQWEST: {"config": {"use_pyqwest_transport": True}},
     "httpx": {"config": {"use_pyqwest_transport": False}},
+    "pyqwest-far": {"config": {"use_pyqwest_transport": True}},
+    "httpx-far": {"config": {"use_pyqwest_transport": False}},
 }
-"""The ways to a lab, by what has to be set for the lab.
+"""The ways to a lab, by what has to be set for the lab; programs and reports take any.
 
-The first is the default of tinker 0.22 and later. One over TLS and through a proxy that delays
-would be an entry here, and what :class:`Lab` makes of it: programs and reports take any wire.
+The first is the default of tinker 0.22 and later. Those that are far lead over TLS and HTTP/2
+through an nginx, so many seconds of round trip away as :data:`FAR` says.
 """
+FAR = 0.05
 
 SUBMISSIONS = frozenset({"forward", "forward_backward", "optim_step", "save", "load"})
 POLLS = frozenset({"poll", "polls"})
@@ -68,15 +73,53 @@ class Lab:
         self._module = lab
         self._holding = False
         self._began = time.monotonic()
+        self._started = contextlib.ExitStack()
         self._lab = lab.Lab(**WIRES[wire], **settings).start()
+        self._started.callback(self._lab.stop)
+        self._nginx: Any = None
+        self._url = self._lab.base_url
+        if wire.endswith("-far"):
+            self._move_away()
+
+    def _move_away(self) -> None:
+        from tests.wire.delay import delayed
+        from tests.wire.servers import Replica
+        from tinker_routefix.lab import _tls
+
+        start = self._started.enter_context
+        folder = Path(start(tempfile.TemporaryDirectory()))
+        certificate = folder / "server.pem"
+        certificate.write_bytes(_tls.issue().private_key_and_cert_chain_pem.bytes())
+        about: dict[str, Any] = {"lab": self._lab.origin, "certificate": certificate}
+        self._nginx = start(Replica(folder / "nginx", gateway_404="{}", **about))
+        self._port = start(delayed(self._nginx.port, FAR))
+        origin = f"https://127.0.0.1:{self._port}"
+        self._url = self._url.replace(self._lab.origin, origin)
 
     def close(self) -> None:
         """Stop the server."""
-        self._lab.stop()
+        self._started.close()
 
     def url(self) -> str:
         """The base URL of the job."""
-        return self._lab.base_url
+        return self._url
+
+    def ca_file(self) -> str | None:
+        """What a client has to trust, if anything."""
+        from tinker_routefix.lab import _tls
+
+        return None if self._nginx is None else str(_tls.ca_file())
+
+    def opened(self) -> int:
+        """How many connections have been used so far."""
+        seen = self._lab.exchanges if self._nginx is None else self._nginx.answered()
+        return len({one.connection for one in seen})
+
+    def open(self) -> int:
+        """How many connections are open to a lab that is far."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        port = f":{self._port:04X}"
+        return sum(remote.endswith(port) and state == "01" for _, _, remote, state, *_ in rows)
 
     def lose(self, seconds: float, kinds: Collection[str] | None = None) -> float:
         """Let the gateway lose the route from now on; returns the moment when it has healed."""
@@ -170,6 +213,9 @@ def opened(wire: str, **settings: Any) -> Iterator[Lab]:
     manager = _Manager((host, int(port)), authkey=bytes.fromhex(key))
     manager.connect()
     lab: Lab = cast("Any", manager).Lab(wire, **settings)
+    trusted = lab.ca_file()
+    if trusted is not None:
+        os.environ["SSL_CERT_FILE"] = trusted
     try:
         yield lab
     finally:

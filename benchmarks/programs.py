@@ -366,12 +366,35 @@ LOST = HELD + 1.0
 """Seconds that the route is lost."""
 
 
+def _questions() -> list[float]:
+    """How long each question to the control plane takes from now on."""
+    import tinker_routefix
+    from tinker_routefix import events
+
+    seconds: list[float] = []
+
+    def note(event: events.Event) -> None:
+        if isinstance(event, events.QuestionAnswered):
+            seconds.append(event.seconds)
+
+    tinker_routefix.subscribe(note)
+    return seconds
+
+
 def stampede(
-    *, contender: str, wire: str, waiting: int, outage: bool, give_up: float
+    *,
+    contender: str,
+    wire: str,
+    waiting: int,
+    outage: bool,
+    give_up: float,
+    lost: float = LOST,
+    linger: float = 0.0,
 ) -> dict[str, Any]:
     """Have so many results polled for, and lose the route to all of them at once."""
     with labs.opened(wire) as lab:
         load(contender)
+        questions = _questions() if contender == SHIM else []
         client = connect(contender, lab.url())
         ticker = Ticker()
         lab.hold(HELD)
@@ -379,11 +402,12 @@ def stampede(
         while lab.accepted("forward_backward") < waiting:
             time.sleep(0.02)
         time.sleep(1)
-        before = lab.count()
+        before, opened = lab.count(), lab.opened()
+        there = lab.open() if linger else 0
         ticker.start_lap()
         healed = time.monotonic()
         if outage:
-            healed = lab.lose(LOST)
+            healed = lab.lose(lost)
             time.sleep(healed - time.monotonic() - 0.5)
         lab.hand_out()
         done = failed = 0
@@ -406,7 +430,8 @@ def stampede(
                 "failed": failed,
                 "through": last - healed if outage and done == waiting else None,
                 "requests": sum(one.kind != "control_plane" for one in during),
-                "connections": len({one.connection for one in during}),
+                "connections": lab.opened() - opened,
+                "question_ms": statistics.median(questions[1:]) * 1e3 if questions[1:] else None,
                 "met": sum(one.refused for one in during),
                 **_asked(during),
                 **lag,
@@ -415,6 +440,9 @@ def stampede(
                 "skipped": account.missing,
                 "out_of_order": account.out_of_order,
             }
+            if linger:
+                time.sleep(linger)
+                said["left_open"] = lab.open() - there
             if done + failed < waiting:
                 # Threads are still waiting for results that may take minutes.
                 say(said)

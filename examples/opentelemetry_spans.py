@@ -1,7 +1,7 @@
 """OpenTelemetry: a span for every wait, events on the span that was held up, and metrics.
 
-A request waits in the context in which the program made it, so what it met is told where it
-belongs: on the span of the training step, and as a child of it.
+A request waits in the context in which the program made it, so its events are added where they
+belong: to the span of the training step, and as a child of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def export() -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    print(__doc__, "Shown with the lab: pip install 'tinker-routefix[lab,tinker]'", sep="\n")
+    print(__doc__, "Shown with the lab: in a checkout, pip install '.[lab,tinker]'", sep="\n")
     import tinker
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor

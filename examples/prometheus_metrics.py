@@ -36,7 +36,7 @@ def export(registry: CollectorRegistry = REGISTRY) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    print(__doc__, "Shown with the lab: pip install 'tinker-routefix[lab,tinker]'", sep="\n")
+    print(__doc__, "Shown with the lab: in a checkout, pip install '.[lab,tinker]'", sep="\n")
     import tinker
     from prometheus_client import generate_latest
 

@@ -36,7 +36,7 @@ def formatter() -> logging.Formatter:
 
 
 if __name__ == "__main__":
-    print(__doc__, "Shown with the lab: pip install 'tinker-routefix[lab,tinker]'", sep="\n")
+    print(__doc__, "Shown with the lab: in a checkout, pip install '.[lab,tinker]'", sep="\n")
     import tinker
 
     from tinker_routefix.lab import Fault, Lab

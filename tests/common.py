@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import gc
 import itertools
+import os
 import threading
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
-    from tinker_routefix.lab import Exchange, Lab
+    from tinker_routefix.lab import Exchange, Fault, Lab
 
 CANARY = "tml-canary-5f2c9e7d41"
 """The key that every test uses; it must not turn up anywhere."""
@@ -144,6 +147,44 @@ class Listener:
             writer.close()
 
 
+def until(done: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline, "it has not come to that"
+        time.sleep(0.02)
+
+
+def stale_from_the_first(lab: Lab, seconds: float, **which: Any) -> Fault:
+    """A stale route for so long, from the first such request on: however late that comes."""
+    # Importing the package loads the shim, which reads its settings then.
+    from tinker_routefix.lab import Fault
+
+    first: list[float] = []
+
+    def stale(exchange: Exchange) -> bool:
+        first.append(exchange.at)
+        return exchange.at - first[0] < seconds
+
+    return lab.fault(Fault(when=stale, **which))
+
+
+def shown_on(terminal: int) -> bytes:
+    """All that programs write to a terminal, until the last of them has closed its end."""
+    shown = b""
+    # Linux has an error where others have an empty end.
+    with contextlib.suppress(OSError):
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    os.close(terminal)
+    return shown
+
+
+def notes(error: BaseException) -> str:
+    """What is noted on an exception, however it is wrapped."""
+    return " ".join(" ".join(getattr(error, "__notes__", ())).split())
+
+
 def exact(lab: Lab, *, gradients: int, optim_steps: int) -> None:
     """The trainer has carried out what was asked for: once, in order, and nothing else."""
     ledger = lab.ledger
@@ -226,21 +267,6 @@ def may_have_been_carried_out(request: Exchange) -> bool:
     )
 
 
-def sent_in_vain(tries: list[Exchange]) -> Exchange | None:
-    """The first 404 of a chain after which nothing may be sent any more, if there is one."""
-    return None if may_be_repeated(tries[0]) else uncertain_404(tries)
-
-
-def uncertain_404(tries: list[Exchange]) -> Exchange | None:
-    """The first 404 of a chain that has a try before it which may have been carried out."""
-    counts = False
-    for request in tries:
-        if request.status == 404 and counts:
-            return request
-        counts = counts or may_have_been_carried_out(request)
-    return None
-
-
 def is_replay(before: Exchange, after: Exchange) -> bool:
     """Whether a try is the shim's, and not tinker's repeat of the one before.
 
@@ -256,7 +282,41 @@ def is_replay(before: Exchange, after: Exchange) -> bool:
     )
 
 
-def unexplained(tries: list[Exchange], closed_at: Iterable[float] = ()) -> Iterator[str]:
+def is_inner_try(request: Exchange) -> bool:
+    """Whether tinker itself counts a request as a repeat: it did not wait for the answer, say."""
+    return request.headers.get("x-stainless-retry-count", "0") != "0"
+
+
+MOMENT: Final = 0.3
+"""Seconds, of whichever clock, that a request may be on its way to a connection just closed."""
+
+
+def answer_may_be_lost(before: Exchange, after: Exchange, closed_at: Collection[float]) -> bool:
+    """Whether all connections were closed from just before one request to the next."""
+    return any(before.at - MOMENT < at < after.at for at in closed_at)
+
+
+def sent_in_vain(tries: list[Exchange], closed_at: Collection[float] = ()) -> Exchange | None:
+    """The first 404 of a chain after which nothing may be sent any more, if there is one."""
+    return None if may_be_repeated(tries[0]) else uncertain_404(tries, closed_at)
+
+
+def uncertain_404(tries: list[Exchange], closed_at: Collection[float] = ()) -> Exchange | None:
+    """The first 404 of a chain that has a try before it which may have been carried out.
+
+    One that was lost on its way, as tinker's own repeat of it shows, is no word to anybody.
+    """
+    counts = False
+    for request, after in itertools.zip_longest(tries, tries[1:]):
+        if request.status == 404 and counts:
+            lost = after is not None and answer_may_be_lost(request, after, closed_at)
+            if not lost or is_replay(request, after):
+                return request
+        counts = counts or may_have_been_carried_out(request)
+    return None
+
+
+def unexplained(tries: list[Exchange], closed_at: Collection[float] = ()) -> Iterator[str]:
     """The tries of a submission that neither tinker's retries explain nor a replay may be.
 
     Args:
@@ -265,7 +325,7 @@ def unexplained(tries: list[Exchange], closed_at: Iterable[float] = ()) -> Itera
             takes for sent.
 
     """
-    final = sent_in_vain(tries)
+    final = sent_in_vain(tries, closed_at)
     final_seen = False
     for before, after in itertools.pairwise(tries):
         final_seen = final_seen or before is final
@@ -278,7 +338,8 @@ def unexplained(tries: list[Exchange], closed_at: Iterable[float] = ()) -> Itera
         elif not (
             before.status in RETRIED
             or is_bare_400(before)
-            or any(before.at < at < after.at for at in closed_at)
+            or (may_be_repeated(after) and is_inner_try(after))
+            or answer_may_be_lost(before, after, closed_at)
         ):
             yield f"sent again after {before.status}: {after}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -23,8 +24,8 @@ os.environ["TINKER_ROUTEFIX_STRICT"] = "1"
 import pytest
 
 import tinker_routefix
-from tinker_routefix import _control_plane, _log, _route, _seams, _settings, events
-from tinker_routefix import lab as lab_package
+from tinker_routefix import _addresses, _counters, _log, _patching, _routes, _settings, events
+from tinker_routefix.lab import _tls
 
 if TYPE_CHECKING:
     import warnings
@@ -39,7 +40,7 @@ TRANSPORT = os.environ.get("ROUTEFIX_TESTS_TRANSPORT")
 
 if OVER_TLS:
     # TLS contexts are kept for the process, so every one has to trust the labs.
-    os.environ["SSL_CERT_FILE"] = str(lab_package.Lab(tls=True).ca_file)
+    os.environ["SSL_CERT_FILE"] = str(_tls.ca_file())
 
 pytest_plugins = ["tinker_routefix.lab.pytest_plugin"]
 
@@ -95,25 +96,53 @@ def pytest_collection_finish() -> None:
 def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
     """Put back what a test changes in the process."""
     # A lab may get the port that another one had: it is not the same gateway.
-    for routes in _route._routes.values():
+    for routes in _routes._routes.values():
         routes.clear()
-    _route._counters.clear()
-    _control_plane._managers.clear()
+    _routes._counters.clear()
+    _counters._fed.clear()
+    _routes._dropped.last_intervention = None
+    _addresses._managers.clear()
     # And the log lines that an earlier test had need not make do for this one.
     _log._own_failures = _log.RateLimit(seconds=60.0)
     settings = _settings.current()
     yield
-    _settings.put(settings)
-    _seams.install()
+    _settings.set_current(settings)
+    _patching.install()
     if "make_lab" in request.fixturenames:
+        _end_clients()
         collect()
+
+
+def _end_clients() -> None:
+    """Cancel what is left of the test on tinker's loop: nothing of it is met by the next one.
+
+    A client sends heartbeats and telemetry, and a request waits, for as long as there is a process.
+    """
+    holders = sys.modules.get("tinker.lib.internal_client_holder")
+    # In 0.3.0 to 0.5.0 a client that is freed on this loop waits for it. (And one of the Fireworks
+    # SDK's own copy waits 30 s for telemetry that was cancelled.)
+    if holders is None or _release("tinker").startswith(("0.3.", "0.4.", "0.5.")):
+        return
+    loop = holders._internal_client_holder_thread_singleton._loop
+    if loop is not None and loop.is_running():
+        asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result(30)
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=10)
 
 
 @pytest.fixture
 def make_lab(
-    request: pytest.FixtureRequest, make_lab: Callable[..., Lab]
+    request: pytest.FixtureRequest, make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Lab]]:
     """As the lab's own fixture; and whatever a test does, the shim adds no execution."""
+    # tinker makes several TLS contexts a client, for http too, and loads all that they trust.
+    monkeypatch.setenv("SSL_CERT_FILE", str(_tls.ca_file()))
     labs: list[Lab] = []
 
     def make(*args: Any, **kwargs: Any) -> Lab:
@@ -157,7 +186,7 @@ def settings() -> Callable[..., None]:
     """Other settings for one test, also after a client has connected."""
 
     def change(**overrides: Any) -> None:
-        _settings.put(_settings.current().replace(**overrides))
+        _settings.set_current(_settings.current().replace(**overrides))
 
     return change
 
@@ -222,9 +251,9 @@ def _sent_by_the_shim() -> bool:
     while frame.f_back is not None:
         frame = frame.f_back
         name = frame.f_globals.get("__name__")
-        if name == "tinker_routefix._control_plane" or (
-            name == "tinker_routefix._sdk"
-            and frame.f_code.co_name in ("_get_info", "_get_capabilities")
+        if name == "tinker_routefix._question" or (
+            name == "tinker_routefix._probes"
+            and frame.f_code.co_name in ("get_info", "get_capabilities")
         ):
             return True
     return False
@@ -252,12 +281,12 @@ def _shown() -> list[str]:
     """What the shim tells of itself: status, counters, settings, and what it has seen and knows."""
     status = tinker_routefix.status()
     shown: list[object] = [status, dataclasses.asdict(status), _settings.current()]
-    routes = sys.modules.get("tinker_routefix._route")
+    routes = sys.modules.get("tinker_routefix._routes")
     for route in routes.all_routes() if routes is not None else ():
         asked = route.control_plane
         flights = [vars(flight) for flight in asked._flights.values()]
         shown += [route, str(route.job), route.job, route.counters, asked, vars(asked), flights]
-    for manager in [one for known in _control_plane._managers.values() for one in known]:
+    for manager in [one for known in _addresses._managers.values() for one in known]:
         with contextlib.suppress(Exception):
             shown += [manager, manager.address()]
     return [repr(one) for one in shown]

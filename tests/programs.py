@@ -19,10 +19,12 @@ import tinker_routefix
 from tests.common import CANARY as CANARY
 from tests.common import collect
 from tests.common import exact as exact
+from tests.common import notes as notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tinker_routefix._route import Route
     from tinker_routefix.lab import Lab
 
 PATIENCE = 120.0
@@ -105,6 +107,11 @@ def sampler(client: Any) -> Any:
     return settled(save("sampler") if named else save())
 
 
+def base_sampler(url: str) -> Any:
+    """A sampling client of a base model: without a model of its own."""
+    return settled(service(url).create_sampling_client(base_model="lab/base"))
+
+
 def sample(client: Any) -> Any:
     prompt = types.ModelInput.from_ints([1, 2, 3])
     return client.sample(
@@ -140,14 +147,18 @@ def gateway_404(error: BaseException) -> tinker.NotFoundError:
     raise AssertionError(f"no 404 in the chain of {error!r}")
 
 
-def notes(error: BaseException) -> str:
-    return " ".join(getattr(error, "__notes__", ()))
-
-
 def job_of(lab: Lab) -> tinker_routefix.JobStatus:
     """The shim's account of a lab's job."""
     (status,) = (job for job in tinker_routefix.status().jobs if lab.origin == job.gateway)
     return status
+
+
+def route_of(lab: Lab) -> Route:
+    """The shim's route to a lab's job: clients of earlier tests may still have theirs."""
+    from tinker_routefix import _routes
+
+    (route,) = (one for one in _routes.all_routes() if lab.origin == one.job.gateway)
+    return route
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tools import releases as index
 RELEASES = files.releases()
 MATRIX = files.matrix()
 COMPAT = [f"tests/test_{name}.py" for name in MATRIX["files"]["compat"]]
+CORE = [f"tests/test_{name}.py" for name in MATRIX["core"]]
 # `boundary` selects what `compat` does not run.
 KINDS = dict.fromkeys(MATRIX["boundaries"], "-boundary")
 KINDS |= dict.fromkeys((*MATRIX["tinkers"], list(RELEASES)[-1]), "-tinker")
@@ -63,7 +64,7 @@ def run_tests(release: str, scratch: Path, *options: str) -> None:
     "release", [pytest.param(name, id=name + KINDS.get(name, "")) for name in RELEASES]
 )
 def test_release_with_core_tests_passes(release: str, tmp_path: Path) -> None:
-    run_tests(release, tmp_path, "-m", "core", "tests")
+    run_tests(release, tmp_path, "-m", "core", *CORE)
 
 
 @pytest.mark.timeout(1800)

@@ -186,6 +186,39 @@ def test_autoload_patches_an_sdk_imported_before_it(own: Environment) -> None:
     assert with_stub(own).says(LOADS, **{VARIABLE: "1"}) == "True"
 
 
+def test_autoload_without_an_sdk_changes_no_error(own: Environment) -> None:
+    (own.site / "a_dependencies.pth").unlink()
+    fails = "try: import tinker\nexcept ModuleNotFoundError as error: print(error)"
+    assert own.says(fails, **{VARIABLE: "1"}) == "No module named 'tinker'"
+
+
+def test_autoload_leaves_a_folder_of_an_sdks_name_as_it_is(own: Environment) -> None:
+    """A package without a file: there is nothing to load, and nothing to patch."""
+    (own.site / "a_dependencies.pth").unlink()
+    (own.site / "tinker").mkdir()
+    program = f"import tinker; print(tinker.__spec__.origin)\n{LOADS}"
+    assert own.says(program, **{VARIABLE: "1"}).split() == ["None", "False"]
+
+
+AGAIN = """
+from importlib import util
+spec = util.find_spec("tinker")
+import tinker
+assert spec.loader.get_filename("tinker") == tinker.__file__
+module = util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print("goes on")
+"""
+
+
+def test_autoload_with_an_sdk_loaded_again_is_done_once(stubbed: Environment) -> None:
+    """Whoever has asked for an SDK before it was imported can load it by hand."""
+    assert stubbed.says(AGAIN, **{VARIABLE: "1"}) == "goes on"
+    ended = stubbed.run(AGAIN, **{VARIABLE: "maybe"})
+    assert (ended.returncode, ended.stdout) == (0, "goes on\n")
+    assert len(ended.stderr.splitlines()) == 1
+
+
 SPAWNS = """
 import multiprocessing, sys
 def work():
@@ -222,7 +255,7 @@ def test_autoload_in_a_race_lets_the_program_survive(
     environment = {"TINKER_API_KEY": CANARY, "TINKER_TELEMETRY": "0", "URL": lab.base_url}
     ended = shared.run(TRAINS, **environment, **{VARIABLE: str(int(loaded))})
     assert (ended.returncode, ended.stdout) == ((0, "trained\n") if loaded else (1, ""))
-    assert ("404" in ended.stderr) is not loaded
+    assert ("Error code: 404" in ended.stderr) is not loaded
 
 
 # --- What can be wrong --------------------------------------------------------------------

@@ -27,14 +27,14 @@ import pytest
 import trustme
 
 import tinker_routefix
-from tests.common import CANARIES, CANARY, leaks
+from tests.common import CANARIES, CANARY, leaks, shown_on
 from tests.test_autoload import startup_file
 from tinker_routefix import _cli, _settings, _verdict
-from tinker_routefix._cli import check as checking
 from tinker_routefix._cli import diagnosis
+from tinker_routefix._cli import probes as checking
 from tinker_routefix._cli import run as run_command
-from tinker_routefix._cli.check import Seen, read_probe
 from tinker_routefix._cli.output import Plain, Rich, Row, screen
+from tinker_routefix._cli.probes import Seen, read_probe
 from tinker_routefix.lab import Answer, Fault
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     Check = Callable[..., dict[str, Any]]
 
 ROOT = Path(__file__).parent.parent
+TRANSPORT = "httpx"
+"""What the labs tell tinker to use. With pyqwest a process, also one of plain tinker, now and then
+aborts when it ends."""
+
 COMMAND = [sys.executable, "-m", "tinker_routefix"]
 PROBE = {"capabilities"}
 
@@ -86,16 +90,7 @@ def on_a_terminal(command: list[str], *, columns: int = 100, **environment: str)
     variables = {"TERM": "xterm", "COLUMNS": str(columns), **environment}
     process = start(command, variables, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(ours, 65536)
-        except OSError:  # the other end has been closed
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(ours)
+    shown = shown_on(ours)
     return process.wait(60), shown.decode()
 
 
@@ -193,13 +188,13 @@ def test_wrong_arguments_exit_2_with_one_line(
 def test_the_lab_needs_its_extra() -> None:
     ended = in_a_program("sys.modules['rich'] = None", "lab")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "The lab needs rich: pip install 'tinker-routefix[lab]'\n"
+    assert ended.stderr == "The lab needs rich: in a checkout, pip install '.[lab]'\n"
 
 
 def test_the_demo_needs_its_extras() -> None:
     ended = in_a_program("sys.modules['aiohttp'] = None", "demo")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "The demo needs aiohttp: pip install 'tinker-routefix[lab,tinker]'\n"
+    assert ended.stderr == "The demo needs aiohttp: in a checkout, pip install '.[lab,tinker]'\n"
 
 
 def test_demo_gets_the_options_given(mocker: MockerFixture) -> None:
@@ -212,7 +207,7 @@ def test_demo_gets_the_options_given(mocker: MockerFixture) -> None:
 def test_lab_without_a_namespace_module_names_its_extra(module: str) -> None:
     ended = in_a_program(f"sys.modules[{module!r}] = None", "lab")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "The lab needs google.protobuf: pip install 'tinker-routefix[lab]'\n"
+    assert ended.stderr == "The lab needs google.protobuf: in a checkout, pip install '.[lab]'\n"
 
 
 @pytest.mark.parametrize(
@@ -353,6 +348,7 @@ def test_status_of_a_healthy_installation_reports_active() -> None:
     said = json.loads(ended.stdout)
     assert said.keys() == {
         *("version", "active", "reason", "seams", "jobs", "sdks", "settings", "autoload"),
+        "left_alone",
         *("last_intervention", "process", "python", "at"),
     }
     assert said["active"] is True
@@ -573,9 +569,11 @@ def test_check_of_a_healthy_route_reports_healthy(
     lab = make_lab(replicas=3)
     report = check(lab)
     assert (report["verdict"], report["exit_code"]) == ("healthy", 0)
-    assert (report["probes"], report["answered"], report["questions"]) == (20, 20, 1)
+    assert (report["probes"], report["answered"]) == (20, 20)
+    # It asks every five seconds.
+    assert 1 <= report["questions"] <= 1 + report["seconds"] / 5
     assert report["control_plane"] == "JOB_STATE_RUNNING"
-    assert report["cure"] is None
+    assert report["gateway_fix"] is None
     # Fresh connections, and the key in both of the places where the SDKs have it.
     assert len({one.connection for one in probes(lab)}) == 20
     for one in lab.exchanges:
@@ -589,8 +587,8 @@ def test_check_of_a_race_that_ends_reports_racing(check: Check, lab: Lab) -> Non
     assert (report["verdict"], report["exit_code"]) == ("racing", 3)
     assert (report["raced"], report["answered"]) == (8, 20)
     assert 0 < report["race_seconds"] < report["seconds"]
-    assert "the last 20 were answered" in report["said"]
-    assert report["cure"] is None
+    assert "the last 20 were answered" in report["message"]
+    assert report["gateway_fix"] is None
 
 
 def test_check_of_one_stale_replica_reports_racing(
@@ -608,7 +606,7 @@ def test_check_of_a_deleted_job_reports_gone(check: Check, lab: Lab) -> None:
     lab.end_job()
     report = check(lab)
     assert (report["verdict"], report["exit_code"], report["probes"]) == ("gone", 4, 1)
-    assert "JOB_STATE_DELETED" in report["said"]
+    assert "JOB_STATE_DELETED" in report["message"]
 
 
 @pytest.mark.parametrize("who", ["gateway", "control plane", "control plane, not visible"])
@@ -620,14 +618,14 @@ def test_check_with_a_wrong_key_reports_wrong_key(check: Check, lab: Lab, who: s
         lab.stale()
     report = check(lab)
     assert (report["verdict"], report["exit_code"], report["probes"]) == ("wrong key", 5, 1)
-    assert who.partition(",")[0] in report["said"]
+    assert who.partition(",")[0] in report["message"]
 
 
 def test_check_of_a_stopped_gateway_reports_unreachable(check: Check, lab: Lab) -> None:
     lab.stop()
     report = check(lab)
     assert (report["verdict"], report["exit_code"], report["failed"]) == ("unreachable", 6, 3)
-    assert "refuses connections" in report["said"]
+    assert "refuses connections" in report["message"]
     assert (report["slowest"], report["fault"]) == (None, "network")
 
 
@@ -642,17 +640,17 @@ def test_check_of_a_stopped_gateway_reports_unreachable(check: Check, lab: Lab) 
         ),
         (
             lambda lab: setattr(lab.control_plane, "mode", "hang"),
-            "could not be learnt from the control plane: no answer within 0.3 s",
+            "no usable response of the control plane: no answer within 0.3 s",
             "Check again in a minute",
         ),
         (
             lambda lab: setattr(lab.control_plane, "mode", "error"),
-            "could not be learnt from the control plane: HTTP 500",
+            "no usable response of the control plane: HTTP 500",
             "Check again in a minute",
         ),
         (
             lambda lab: setattr(lab.control_plane, "mode", "rubbish"),
-            "could not be learnt from the control plane: an answer without a job state",
+            "no usable response of the control plane: an answer without a job state",
             "Set TINKER_ROUTEFIX_CONTROL_PLANE_URL: there seems to be no control plane at http",
         ),
     ],
@@ -672,19 +670,19 @@ def test_a_route_is_not_called_healthy_where_the_job_may_not_run(
     settings(control_plane_timeout=0.3)
     report = check(lab, "--seconds", "1.5")
     assert (report["verdict"], report["exit_code"]) == ("unclear", 7)
-    assert reason in report["said"]
+    assert reason in report["message"]
     assert report["advice"].startswith(advice)
-    assert ("although its route answers" in report["said"]) is (
+    assert ("although its route answers" in report["message"]) is (
         not stale and "has not started" in reason
     )
-    assert report["cure"] is None
+    assert report["gateway_fix"] is None
 
 
 def test_check_of_a_job_that_is_over_while_its_route_answers(check: Check, lab: Lab) -> None:
     lab.control_plane.state = "JOB_STATE_FAILED"
     report = check(lab)
     assert (report["verdict"], report["exit_code"]) == ("gone", 4)
-    assert report["said"].endswith("JOB_STATE_FAILED, although the route still answers")
+    assert report["message"].endswith("JOB_STATE_FAILED, although the route still answers")
 
 
 @pytest.mark.parametrize("mode", ["unauthorized", "forbidden"])
@@ -692,7 +690,7 @@ def test_check_with_a_key_that_only_the_gateway_accepts(check: Check, lab: Lab, 
     lab.control_plane.mode = mode  # type: ignore[assignment]
     report = check(lab)
     assert (report["verdict"], report["exit_code"]) == ("wrong key", 5)
-    assert "although the gateway does" in report["said"]
+    assert "although the gateway does" in report["message"]
     assert "FIREWORKS_API_KEY" in report["advice"]
     assert "TINKER_ROUTEFIX_CONTROL_PLANE_URL" in report["advice"]
 
@@ -706,7 +704,7 @@ def test_check_does_not_follow_a_redirect(
     report = check(lab, "--seconds", "1")
     assert (report["verdict"], report["other"]) == ("unclear", report["probes"])
     assert elsewhere.exchanges == []
-    assert report["said"].startswith(f"the answer was HTTP 302, {report['probes']} times in ")
+    assert report["message"].startswith(f"the answer was HTTP 302, {report['probes']} times in ")
     assert "redirect" in report["advice"]
 
 
@@ -725,7 +723,9 @@ def test_an_answer_that_is_not_the_pods_is_called_an_answer(
     lab.fault(Fault(kinds=PROBE, answer=Answer(status, "no")))
     report = check(lab, "--seconds", "0.5")
     assert (report["verdict"], report["exit_code"]) == ("unclear", 7)
-    assert report["said"].startswith(f"the answer was HTTP {status}, {report['probes']} times in ")
+    assert report["message"].startswith(
+        f"the answer was HTTP {status}, {report['probes']} times in "
+    )
     assert advice in report["advice"]
     assert report["slowest"] > 0
 
@@ -735,8 +735,8 @@ def test_a_route_that_answers_now_and_then_is_unclear(check: Check, lab: Lab) ->
     lab.fault(failing)
     report = check(lab, "--seconds", "1.2")
     assert (report["verdict"], report["exit_code"]) == ("unclear", 7)
-    assert report["said"].endswith("the last ones: mixed: HTTP 502, answers")
-    assert f"{report['answered']} of {report['probes']} probes were answered" in report["said"]
+    assert report["message"].endswith("the last ones: mixed: HTTP 502, answers")
+    assert f"{report['answered']} of {report['probes']} probes were answered" in report["message"]
 
 
 @pytest.mark.parametrize(
@@ -902,8 +902,8 @@ def test_check_recognises_a_fixed_gateway(check: Check, lab: Lab) -> None:
     lab.fault(Fault(kinds=PROBE, count=5, answer=answer))
     report = check(lab)
     cure = "503 route_not_ready"
-    assert (report["verdict"], report["raced"], report["cure"]) == ("racing", 5, cure)
-    assert "503 route" in report["cure_says"]
+    assert (report["verdict"], report["raced"], report["gateway_fix"]) == ("racing", 5, cure)
+    assert "503 route" in report["gateway_fix_message"]
 
 
 @pytest.mark.parametrize("cut_off", ["long", "slow", "dropped"])
@@ -925,7 +925,17 @@ def test_check_of_a_gateway_without_a_proper_answer_is_not_healthy(
         "slow": "no answer within 0.3 s",
         "dropped": "the connection was closed without an answer",
     }
-    assert report["said"] == said[cut_off]
+    assert report["message"] == said[cut_off]
+
+
+def test_check_that_ends_soon_after_errors_advises_to_check_for_longer(
+    check: Check, lab: Lab
+) -> None:
+    lab.fault(Fault(kinds=PROBE, count=3, at="pod", answer=Answer(500, "")))
+    report = check(lab, "--rate", "4", "--seconds", "4")
+    assert (report["verdict"], report["other"]) == ("unclear", 3)
+    assert 0 < report["answered"] < 20
+    assert report["advice"] == "Check again, with more --seconds."
 
 
 @pytest.mark.slow
@@ -942,7 +952,7 @@ def test_check_watching_a_new_job_reports_each_change(check: Check, lab: Lab, cu
         return False
 
     lab.fault(Fault(kinds={"control_plane"}, at="control_plane", when=goes_on))
-    report = check(lab, "--watch", "--seconds", "8")
+    report = check(lab, "--watch", "--seconds", "12")
     assert [change["control_plane"] for change in report["changes"]][:1] == ["JOB_STATE_CREATING"]
     assert report["changes"][-1]["control_plane"] == "JOB_STATE_RUNNING"
     assert report["changes"][-1]["route"] == "answers"
@@ -950,10 +960,10 @@ def test_check_watching_a_new_job_reports_each_change(check: Check, lab: Lab, cu
     assert report["answered"] >= 20
     if cured:
         assert (report["verdict"], report["raced"]) == ("healthy", 0)
-        assert report["cure"] == "lookup retried"
+        assert report["gateway_fix"] == "lookup retried"
         assert report["slowest"] > 0.4
     else:
-        assert (report["verdict"], report["cure"]) == ("racing", None)
+        assert (report["verdict"], report["gateway_fix"]) == ("racing", None)
         assert 0 < report["raced"] < report["refused"] == 30
 
 
@@ -989,8 +999,8 @@ def test_read_probe_classifies_each_answer() -> None:
     assert read_probe(200, b"{}").seen is Seen.ANSWERED
     assert read_probe(404, b'{"detail": "Not Found"}').seen is Seen.ANSWERED
     assert read_probe(404, b"<html>").seen is Seen.REFUSED
-    assert read_probe(404, b'{"error": {"code": "NOT_FOUND"}}').cure is None
-    assert read_probe(404, b'{"error": {"code": 5}}').cure is None
+    assert read_probe(404, b'{"error": {"code": "NOT_FOUND"}}').seen is Seen.REFUSED
+    assert read_probe(404, b'{"error": {"code": 5}}').seen is Seen.REFUSED
     assert read_probe(410, b'{"error": {"code": "JOB_GONE"}}').seen is Seen.REFUSED
     for body in (b'{"error": {"queue_state": "route_not_ready"}}', b'{"queue_state": 1, "x": 2}'):
         assert (read_probe(503, body).seen is Seen.NOT_READY) is (b"route" in body)
@@ -1314,7 +1324,7 @@ def test_run_with_safe_path_leaves_sys_path_like_python(tmp_path: Path) -> None:
 
 STATE = """
 import os, sys
-shim = sys.modules["tinker_routefix._seams"] if "tinker_routefix._seams" in sys.modules else None
+shim = sys.modules.get("tinker_routefix._patching")
 print(bool(shim and shim.is_active()), os.environ.get("TINKER_ROUTEFIX_AUTOLOAD"))
 """
 

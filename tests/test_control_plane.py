@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import email.utils
+import functools
 import gc
 import gzip
 import json
+import ssl
+import threading
 import time
 import tracemalloc
 import weakref
@@ -17,24 +21,23 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+import tinker_routefix
 from tests import programs
-from tests.common import CANARY, RUNNING, Listener, Speak, http
-from tinker_routefix import _control_plane
-from tinker_routefix._control_plane import (
-    Address,
-    Answer,
-    ControlPlane,
-    JobState,
-    Manager,
-    Told,
-    register,
-)
+from tests.common import CANARY, RUNNING, Listener, Speak, http, until
+from tinker_routefix import _addresses, _control_plane, _question, _threads
+from tinker_routefix._addresses import Address, Manager, register
+from tinker_routefix._control_plane import ControlPlane
 from tinker_routefix._job import Job
+from tinker_routefix._job_state import Answer, JobState, Told
+from tinker_routefix._question import Connections
+from tinker_routefix._route import Route
 from tinker_routefix.lab import Answer as HttpAnswer
 from tinker_routefix.lab import Fault, Lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.conftest import Overheard
 
 HEADERS = {
     "Authorization": f"Bearer {programs.CANARY}",
@@ -62,8 +65,8 @@ def ask(asked: Lab | Listener, times: int = 1) -> list[Answer]:
     ("mode", "state", "said"),
     [
         ("ok", JobState.RUNNING, "JOB_STATE_RUNNING"),
-        ("missing", JobState.OVER, "there is no such job"),
-        ("forbidden", JobState.OVER, "not visible"),
+        ("missing", JobState.ENDED, "there is no such job"),
+        ("forbidden", JobState.ENDED, "not visible"),
         ("unauthorized", JobState.UNKNOWN, "HTTP 401"),
         ("error", JobState.UNKNOWN, "HTTP 500"),
         ("rubbish", JobState.UNKNOWN, "without a job state"),
@@ -82,7 +85,7 @@ def test_answer_of_each_kind_gives_its_job_state(
     with programs.took(0, 10):
         (answer,) = ask(lab)
     assert answer.state is state
-    assert said in answer.said
+    assert said in answer.message
     assert lab.control_plane.questions <= 1
 
 
@@ -90,7 +93,7 @@ def test_unreachable_control_plane_gives_unknown(lab: Lab, settings: Callable[..
     settings(control_plane_url="http://127.0.0.1:9")
     (answer,) = ask(lab)
     assert answer.state is JobState.UNKNOWN
-    assert answer.said == "no answer (ConnectError)"
+    assert answer.message == "no answer (ConnectError)"
 
 
 @pytest.mark.parametrize("size", [70_000, 20_000_000])
@@ -188,7 +191,7 @@ def test_malformed_answer_gives_unknown(says: bytes, said: str) -> None:
     with Listener(says) as listener:
         (answer,) = ask(listener)
         assert len(listener.heard) == 1, "asked once, and nobody else"
-    assert (answer.state, answer.said) == (JobState.UNKNOWN, said)
+    assert (answer.state, answer.message) == (JobState.UNKNOWN, said)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ def test_endless_answer_times_out_without_blocking_the_loop(
     with Listener(says, asked_first=not tls) as listener, programs.took(0.4, 60):
         url = listener.url.replace("http", "https" if tls else "http")
         answer, ticks = asyncio.run(question(Job(url, "acct", "job-1")))
-    assert (answer.state, answer.said) == (JobState.UNKNOWN, "no answer within 0.5 s")
+    assert (answer.state, answer.message) == (JobState.UNKNOWN, "no answer within 0.5 s")
     assert ticks >= 2
 
 
@@ -380,19 +383,19 @@ def test_cancelled_caller_leaves_the_answer_to_the_others(lab: Lab) -> None:
 
 
 def test_building_a_tls_context_does_not_block_the_loop(mocker: Any) -> None:
-    """Even where building one takes a second, the loop ticks."""
-    mocker.patch.object(_control_plane, "_tls", None)
-    mocker.patch("httpx.create_ssl_context", side_effect=lambda **_: time.sleep(1))
+    """However long building one takes, the loop ticks."""
+    ticked = threading.Event()
+    mocker.patch.object(_question, "_tls", None)
+    mocker.patch("httpx.create_ssl_context", side_effect=lambda **_: ticked.wait(10))
 
-    async def program() -> int:
-        building = asyncio.ensure_future(_control_plane.tls_context())
-        ticks = 0
-        while not building.done():
+    async def program() -> Any:
+        building = asyncio.ensure_future(_question.tls_context())
+        for _ in range(10):
             await asyncio.sleep(0.01)
-            ticks += 1
-        return ticks
+        ticked.set()
+        return await building
 
-    assert asyncio.run(program()) >= 10
+    assert asyncio.run(program()), "it waited for the loop, which waited for it"
 
 
 def test_answer_received_while_the_loop_is_blocked_counts(
@@ -470,8 +473,8 @@ def test_abandoned_question_reports_no_loop_error(
     async def fetch(*_: object) -> tuple[int, bytes, None]:
         return await next(replies)()
 
-    mocker.patch.object(ControlPlane, "_fetch", fetch)
-    mocker.patch.object(_control_plane, "AGAIN_AFTER", 0.1)
+    mocker.patch.object(Connections, "fetch", fetch)
+    mocker.patch.object(_question, "HEDGE_AFTER", 0.1)
     assert asyncio.run(program()).state is JobState.RUNNING
     assert not told
 
@@ -496,7 +499,7 @@ class Script:
         self.asked: list[tuple[float, dict[str, str]]] = []
         """When, and with which headers."""
         mocker.patch("time.monotonic", side_effect=lambda: self.now)
-        mocker.patch.object(ControlPlane, "_fetch", self._fetch)
+        mocker.patch.object(Connections, "fetch", self._fetch)
 
     async def _fetch(self, address: Address, credentials: dict[str, str]) -> Any:
         headers = credentials if address.headers is None else address.headers
@@ -672,10 +675,10 @@ def test_ended_job_is_noted_by_what_was_said_last_to_any_key(mocker: Any) -> Non
     control_plane = ControlPlane(JOB)
 
     async def program() -> list[bool]:
-        noted = [(control_plane.last_answer.state is JobState.OVER)]
+        noted = [(control_plane.last_answer.state is JobState.ENDED)]
         for number, key in enumerate(("one", "two", "one")):
             await script.ask(control_plane, 2 * number, key=key)
-            noted.append(control_plane.last_answer.state is JobState.OVER)
+            noted.append(control_plane.last_answer.state is JobState.ENDED)
         return noted
 
     assert asyncio.run(program()) == [False, False, True, False]
@@ -760,7 +763,7 @@ def test_key_is_the_same_in_either_header(mocker: Any) -> None:
 
 def test_manager_of_another_gateway_is_not_asked(mocker: Any) -> None:
     register("https://other.example", manager("mine"))
-    fetch = mocker.patch.object(ControlPlane, "_fetch", return_value=RUNS)
+    fetch = mocker.patch.object(Connections, "fetch", return_value=RUNS)
     asyncio.run(ControlPlane(JOB).ask({"x-api-key": "mine"}))
     assert fetch.call_args.args[0] == Address(JOB.gateway, None, verify=True)
 
@@ -770,8 +773,8 @@ def test_managers_that_are_gone_leave_one_address_behind() -> None:
         register(JOB.gateway, manager(None))
     register(JOB.gateway, manager("mine"))
     register(JOB.gateway, manager("other"))
-    assert len(_control_plane._managers[JOB.gateway]) == 2
-    assert _control_plane._asker(JOB, {}) == Address(NOT_THE_GATEWAY, None, verify=True)
+    assert len(_addresses._managers[JOB.gateway]) == 2
+    assert _addresses.asker(JOB, {}) == Address(NOT_THE_GATEWAY, None, verify=True)
 
 
 def test_manager_that_raises_leaves_the_gateway_to_be_asked(
@@ -781,10 +784,261 @@ def test_manager_that_raises_leaves_the_gateway_to_be_asked(
         raise OSError("no such file")
 
     settings(strict=False)
-    _control_plane._managers[JOB.gateway] = [Manager(fails)]
+    _addresses._managers[JOB.gateway] = [Manager(fails)]
     script = Script(mocker, RUNS)
     (answer,) = asyncio.run(script.ask(ControlPlane(JOB), 0, key="mine"))
     assert answer.told is Told.RUNNING
     assert script.asked == [(0, {"x-api-key": "mine"})]
     assert "shim.failed" in overheard.events
-    _control_plane._managers.clear()
+    _addresses._managers.clear()
+
+
+# --- Connections to it ----------------------------------------------------------------------
+
+
+async def _asks(control_plane: ControlPlane, times: int) -> None:
+    for _ in range(times):
+        await control_plane.ask(httpx.Headers(HEADERS))
+
+
+def _asked_over(lab: Lab) -> list[int]:
+    return [one.connection for one in lab.exchanges if one.kind == "control_plane"]
+
+
+def _control_plane_of(lab: Lab) -> ControlPlane:
+    return ControlPlane(Job.from_url(lab.base_url) or pytest.fail("no job"))
+
+
+async def _asked_and_kept(lab: Lab) -> ControlPlane:
+    """One that was asked, over a connection that is kept."""
+    control_plane = _control_plane_of(lab)
+    control_plane.connections.keeps = True
+    await _asks(control_plane, 1)
+    return control_plane
+
+
+@pytest.fixture
+def always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer is good for long."""
+    monkeypatch.setattr(_control_plane, "GOOD_FOR", 0.0)
+
+
+@pytest.mark.usefixtures("always_asked")
+def test_connection_is_kept_while_somebody_waits_and_closed_then(lab: Lab) -> None:
+    async def questions() -> None:
+        control_plane = _control_plane_of(lab)
+        on = Route(control_plane._job, control_plane)
+        await _asks(control_plane, 1)
+        with on.incident():
+            await _asks(control_plane, 2)
+            with on.incident():
+                await _asks(control_plane, 1)
+            await _asks(control_plane, 1)
+        await asyncio.gather(*_threads._tasks)
+        await _asks(control_plane, 1)
+        assert not control_plane.connections._kept
+
+    asyncio.run(questions())
+    before, *during, after = _asked_over(lab)
+    assert len(during) == 4
+    assert len({before, *during, after}) == 3
+    until(lambda: all(one.is_closing() for one in lab._gateway._connections))
+
+
+@pytest.mark.usefixtures("always_asked")
+def test_answer_that_would_end_a_wait_is_confirmed_over_another_connection(lab: Lab) -> None:
+    """One server behind the control plane's balancer may not know the job yet."""
+
+    async def questions() -> None:
+        control_plane = await _asked_and_kept(lab)
+        await _asks(control_plane, 1)
+        lab.control_plane.mode = "missing"
+        await _asks(control_plane, 2)
+        assert not control_plane.connections._kept
+
+    asyncio.run(questions())
+    first, second, gone, gone_again = _asked_over(lab)
+    assert first == second == gone != gone_again
+
+
+@pytest.mark.usefixtures("always_asked")
+def test_kept_connection_that_was_closed_meanwhile_costs_no_answer(lab: Lab) -> None:
+    async def questions() -> Answer:
+        control_plane = await _asked_and_kept(lab)
+        lab.fault(Fault(kinds=["control_plane"], at="control_plane", drop=True, count=1))
+        await _asks(control_plane, 1)
+        answer = control_plane.last_answer
+        control_plane.connections.let_go()
+        await asyncio.sleep(0.05)
+        return answer
+
+    assert asyncio.run(questions()).message == "JOB_STATE_RUNNING"
+    first, dropped, again = _asked_over(lab)
+    assert first == dropped != again
+
+
+@pytest.mark.usefixtures("always_asked")
+def test_kept_connection_that_is_lost_late_is_no_answer(lab: Lab) -> None:
+    """Put once more at once, it would be followed by the hedge within a second."""
+
+    async def questions() -> Answer:
+        control_plane = await _asked_and_kept(lab)
+        lost = Fault(kinds=["control_plane"], at="control_plane", drop=True, delay=1.2, count=1)
+        lab.fault(lost)
+        await _asks(control_plane, 1)
+        return control_plane.last_answer
+
+    assert asyncio.run(questions()).told is Told.NOTHING
+    first, lost = _asked_over(lab)
+    assert first == lost
+
+
+# --- With the program's own HTTP client -----------------------------------------------------
+
+
+def _ask_with(own: Callable[[], Any], lab: Lab, *, closed: bool = False) -> Answer:
+    async def question() -> Answer:
+        control_plane = _control_plane_of(lab)
+        client = own()
+        async with contextlib.AsyncExitStack() as stack:
+            if isinstance(client, httpx.AsyncClient):
+                stack.push_async_callback(client.aclose)
+            if closed:
+                await stack.aclose()
+            control_plane.connections.use(client)
+            return await control_plane.ask(httpx.Headers(HEADERS))
+
+    return asyncio.run(question())
+
+
+@pytest.fixture
+def trusted_by_few(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """A lab over TLS whose certificate only a client of the program's own trusts."""
+    lab = make_lab(tls=True)
+    monkeypatch.delenv("SSL_CERT_FILE")
+    monkeypatch.setattr(_question, "_tls", None)
+    return lab
+
+
+def test_question_uses_what_an_own_client_trusts_and_adds_nothing_of_its_own(
+    trusted_by_few: Lab,
+) -> None:
+    async def hook(_: object) -> None:
+        raise AssertionError("it would see the key, and could break the answer")
+
+    own = functools.partial(
+        httpx.AsyncClient,
+        verify=ssl.create_default_context(cafile=trusted_by_few.ca_file),
+        headers={"x-private": "stays at home"},
+        cookies={"private": "stays at home"},
+        auth=("private", "stays at home"),
+        params={"private": "stays at home"},
+        event_hooks={"request": [hook], "response": [hook]},
+    )
+    answer = _ask_with(own, trusted_by_few)
+    assert answer.message == "JOB_STATE_RUNNING"
+    (asked,) = (one for one in trusted_by_few.exchanges if one.kind == "control_plane")
+    assert "stays at home" not in str(asked.headers)
+    assert "private" not in asked.path
+    assert asked.headers["authorization"] == f"Bearer {programs.CANARY}"
+
+
+def test_own_client_follows_no_redirect_with_the_keys(trusted_by_few: Lab) -> None:
+    trusting = ssl.create_default_context(cafile=trusted_by_few.ca_file)
+    trusted_by_few.control_plane.mode = "redirect"
+    own = functools.partial(httpx.AsyncClient, verify=trusting, follow_redirects=True)
+    answer = _ask_with(own, trusted_by_few)
+    assert answer.message == "HTTP 302"
+    assert trusted_by_few.control_plane.questions == 1
+
+
+class Refusing(httpx.AsyncBaseTransport):
+    """Reaches one host, and no other."""
+
+    async def handle_async_request(self, _: httpx.Request) -> httpx.Response:
+        raise RuntimeError("not this host")
+
+
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        (httpx.AsyncClient, "is closed"),
+        (object, "is no httpx.AsyncClient"),
+        (lambda: httpx.AsyncClient(mounts={"all://": Refusing()}), "failed with RuntimeError"),
+        # The second: with httpx 0.23.
+        (
+            lambda: httpx.AsyncClient(trust_env=False),
+            "failed with (ConnectError|SSLCertVerificationError)",
+        ),
+    ],
+    ids=["closed", "another kind", "refusing", "not trusting"],
+)
+def test_own_client_that_cannot_ask_is_warned_of_and_the_environment_is_used(
+    make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch, own: Any, why: str
+) -> None:
+    lab = make_lab(tls=True)
+    monkeypatch.setattr(_question, "_tls", None)
+    with pytest.warns(tinker_routefix.RoutefixWarning, match=why):
+        answer = _ask_with(own, lab, closed=why == "is closed")
+    assert answer.message == "JOB_STATE_RUNNING"
+
+
+def test_own_client_that_cannot_ask_is_warned_of_once(overheard: Overheard) -> None:
+    """Each pool of the SDK's brings it along."""
+    control_plane = ControlPlane(JOB)
+    with pytest.warns(tinker_routefix.RoutefixWarning):
+        control_plane.connections.use(object())
+    # A second warning would be an error here.
+    control_plane.connections.use(object())
+    assert overheard.events.count("control_plane.own_client") == 1
+
+
+class Hanging(httpx.AsyncBaseTransport):
+    """As where all connections of a pool are held by polls."""
+
+    async def handle_async_request(self, _: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(3600)
+        raise AssertionError("nobody waits so long")
+
+
+def test_own_client_that_hangs_is_overtaken_by_a_question_as_the_environment_says(
+    make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = make_lab(tls=True)
+    monkeypatch.setattr(_question, "_tls", None)
+    answer = _ask_with(functools.partial(httpx.AsyncClient, mounts={"all://": Hanging()}), lab)
+    assert answer.message == "JOB_STATE_RUNNING"
+    assert lab.control_plane.questions == 1
+
+
+def test_own_client_is_asked_with_again_once_the_environments_way_has_failed(
+    trusted_by_few: Lab,
+) -> None:
+    trusting = ssl.create_default_context(cafile=trusted_by_few.ca_file)
+
+    async def questions() -> list[str]:
+        control_plane = _control_plane_of(trusted_by_few)
+        control_plane.connections._over_own = False
+        async with httpx.AsyncClient(verify=trusting) as own:
+            control_plane.connections.use(own)
+            first = await control_plane.ask(httpx.Headers(HEADERS))
+            await asyncio.sleep(1.1)
+            return [first.message, (await control_plane.ask(httpx.Headers(HEADERS))).message]
+
+    failed, said = asyncio.run(questions())
+    assert failed.startswith("no answer (")
+    assert said == "JOB_STATE_RUNNING"
+
+
+def test_question_over_http_is_not_asked_with_an_own_client(lab: Lab) -> None:
+    """Its proxy would see the keys."""
+    refusing = functools.partial(httpx.AsyncClient, transport=Refusing())
+    assert _ask_with(refusing, lab).message == "JOB_STATE_RUNNING"
+
+
+def test_own_client_is_not_kept_alive() -> None:
+    control_plane = ControlPlane(JOB)
+    control_plane.connections.use(httpx.AsyncClient())
+    gc.collect()
+    assert control_plane.connections._own is not None
+    assert control_plane.connections._own() is None

@@ -170,7 +170,7 @@ sys.exit(code)
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith(f"The demo needs {module}")
-    assert ended.stderr.endswith(": pip install 'tinker-routefix[lab,tinker]'\n")
+    assert ended.stderr.endswith(": in a checkout, pip install '.[lab,tinker]'\n")
     assert ended.stderr.count("\n") == 1
 
 

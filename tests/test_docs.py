@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ import tinker_routefix
 from tests import releases as files
 from tests.common import CANARY
 from tinker_routefix import _cli, _settings, _switch, events, lab
-from tinker_routefix._cli import check as check_command
+from tinker_routefix._cli import report as check_report
 from tinker_routefix._cli import run as run_command
 from tinker_routefix._cli import status as status_command
 
@@ -146,8 +147,10 @@ def log_lines() -> dict[str, Line]:
     lines: dict[str, Line] = {}
     for kind in vars(events).values():
         if isinstance(kind, type) and issubclass(kind, events.Event) and hasattr(kind, "name"):
-            levels = set(re.findall(r"logging\.(\w+)", inspect.getsource(kind.level.fget)))  # type: ignore[attr-defined]
-            fields = {field.name for field in dataclasses.fields(kind)} - {"at"}
+            levels = {logging.getLevelName(kind._level)}
+            if kind.level is not events.Event.level:
+                levels = set(re.findall(r"logging\.(\w+)", inspect.getsource(kind.level.fget)))  # type: ignore[attr-defined]
+            fields = {field.name for field in dataclasses.fields(kind)} - {"at", "gateway"}
             lines[kind.name] = Line(levels, fields)
     for path in sorted((Path(tinker_routefix.__file__).parent).glob("*.py")):
         for call in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -187,7 +190,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 EXIT_CODES: dict[str, set[int]] = {
     "status": {status_command.ACTIVE, status_command.OFF, status_command.CANNOT_HELP},
-    "check": {int(code) for code in check_command.Exit},
+    "check": {int(code) for code in check_report.Exit},
 }
 
 
@@ -196,7 +199,7 @@ def sessions() -> dict[str, str]:
     """The sessions of nox, and the tag that runs them: none for what `nox` alone runs."""
     nox = [sys.executable, "-m", "nox", "--list"]
     listed = subprocess.run(nox, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    line = r"^[*-] ([a-z-]+?)(?:-3\.\d+)?(?: \[(\w+)\])? ->"
+    line = r"^[*-] ([a-z-]+?)(?:-3\.\d+)?(?:\(.*\))?(?: \[(\w+)\])? ->"
     return dict(re.findall(line, listed, re.MULTILINE))
 
 
@@ -266,7 +269,7 @@ def counters(pages: Pages) -> list[str]:
 
 def states(pages: Pages) -> list[str]:
     """What a control plane's word can mean has an advice each."""
-    from tinker_routefix._control_plane import JobState
+    from tinker_routefix._job_state import JobState
 
     (rows,) = tables(pages["docs/failures.md"], "`state`")
     return both_ways("states", {code(row[0])[0] for row in rows}, {str(s.value) for s in JobState})
@@ -295,15 +298,15 @@ def report_of_check(pages: Pages) -> list[str]:
     schema = json.loads(pages[SCHEMA])["$defs"]
     complaints = []
     for name, kind, header in (
-        ("report", check_command.Report, "field"),
-        ("change", check_command.Change, "of a change"),
+        ("report", check_report.Report, "field"),
+        ("change", check_report.Change, "of a change"),
     ):
         there = {field.name for field in dataclasses.fields(kind)}
         (rows,) = tables(pages[COMMANDS], header, "meaning")
         complaints += both_ways(f"{name}, table", {code(row[0])[0] for row in rows}, there)
         complaints += both_ways(f"{name}, schema", {*schema[name]["properties"]}, there)
         complaints += both_ways(f"{name}, required", {*schema[name]["required"]}, there)
-    codes = {str(int(code)) for code in check_command.Exit} - {"2"}
+    codes = {str(int(code)) for code in check_report.Exit} - {"2"}
     said = {str(code) for code in schema["report"]["properties"]["exit_code"]["enum"]}
     return complaints + both_ways("exit codes, schema", said, codes)
 
@@ -362,9 +365,10 @@ def paths(pages: Pages) -> list[str]:
         if re.fullmatch(rf"{folders}/[\w./-]+|[\w.-]+\.(?:md|toml|py)", name)
     }
     modules = {
-        ("docs/how-it-works.md", f"tinker_routefix/{name}.py")
-        for row in tables(pages["docs/how-it-works.md"], "layer")[0]
-        for name in code(row[2])
+        ("docs/architecture.md", f"tinker_routefix/{name}.py")
+        for table in tables(pages["docs/architecture.md"], "file")
+        for row in table
+        for name in code(row[0])
     }
     # Programs that a page shows, by their titles.
     shown = words(pages, r'title="([^"]+)"', *PROSE) | {"train.py", "program.py"}
@@ -379,14 +383,9 @@ def paths(pages: Pages) -> list[str]:
 def public_names(pages: Pages) -> list[str]:
     """The reference has every public name, and every name that is used anywhere is public."""
     complaints = []
-    told = {
-        kind.__name__
-        for kind in vars(events).values()
-        if isinstance(kind, type) and issubclass(kind, events.Event)
-    }
     for path, there in (
         ("docs/reference/index.md", {*tinker_routefix.__all__} - {"__version__", "subscribe"}),
-        ("docs/reference/events.md", told | {"subscribe"}),
+        ("docs/reference/events.md", {*events.__all__}),
         ("docs/reference/lab.md", {*lab.__all__}),
     ):
         named = r"^(?:::: tinker_routefix\.(?!events$|lab$)| +- )(\w+)$"
@@ -571,19 +570,19 @@ TAMPERED = [
         "`control_plane.not_asked`",
         "`control_plane.mute`",
     ),
-    ("names_of_events", OPERATIONS, "process.report: met", "process.reported: met"),
+    ("names_of_events", OPERATIONS, "process.report: requests", "process.reported: requests"),
     ("table_of_events", OPERATIONS, "| `route.replayed` |", "| `route.resent` |"),
     ("table_of_events", OPERATIONS, "| `shim.failed` | WARNING |", "| `shim.failed` | ERROR |"),
     (
         "table_of_events",
         OPERATIONS,
-        "| DEBUG | `job`, `state`, `said`",
-        "| DEBUG | `job`, `said`",
+        "| DEBUG | `job`, `state`, `control_plane_said`",
+        "| DEBUG | `job`, `control_plane_said`",
     ),
-    ("table_of_events", OPERATIONS, "| `said_ago` | how", "| how long ago | how"),
+    ("table_of_events", OPERATIONS, "| `age_seconds` | how", "| how long ago | how"),
     ("counters", OPERATIONS, "| `replays` | requests sent again |", "| `resent` | |"),
     ("counters", "docs/removing.md", "status().last_intervention", "status().last_needed"),
-    ("states", "docs/failures.md", "| `on its way` |", "| `pending` |"),
+    ("states", "docs/failures.md", "| `starting` |", "| `pending` |"),
     ("command_line", COMMANDS, "| `--rate` |", "| `--pace` |"),
     ("command_line", COMMANDS, "| 7 | unclear", "| 8 | unclear"),
     ("command_line", COMMANDS, "\n## demo\n", "\n## show\n"),
@@ -603,7 +602,7 @@ TAMPERED = [
     ("sessions_of_nox", "docs/releases.md", "nox -s latest", "nox -s newest"),
     ("sessions_of_nox", "docs/releases.md", "nox -s compat-boundaries", "nox -s compat-borders"),
     ("paths", "docs/releases.md", "`tests/releases/look.py`", "`tests/releases/see.py`"),
-    ("paths", "docs/how-it-works.md", "| `_verdict` |", "| `_judge` |"),
+    ("paths", "docs/architecture.md", "| `_warmup` |", "| `_warmth` |"),
     ("public_names", "docs/reference/index.md", "x.uninstall\n", "x.remove\n"),
     ("public_names", "docs/reference/events.md", "- Recovered\n", ""),
     (
@@ -673,7 +672,7 @@ def test_program_in_docs_runs_as_printed(
     mocker.patch.dict(os.environ)
     if "configure(" in program.source:
         # As in a process of its own: a client of an earlier program may still send its telemetry.
-        mocker.patch("tinker_routefix._route.all_routes", return_value=[])
+        mocker.patch("tinker_routefix._routes.all_routes", return_value=[])
     eval_example.set_config(line_length=100)
     run = eval_example.run_print_check if "#>" in program.source else eval_example.run
     run(program, module_globals={"url": lab.base_url})

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import tinker_routefix
 from tests import programs
+from tests.common import stale_from_the_first
 from tests.programs import connect, exact, train
-from tinker_routefix import events
+from tinker_routefix import _counters, _log, _status, events
+from tinker_routefix._job import Job
 from tinker_routefix.lab import Fault, Lab
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 MakeLab = Callable[..., Lab]
 
@@ -33,11 +42,22 @@ def kinds(told: list[events.Event]) -> list[type[events.Event]]:
 def test_healthy_run_emits_only_warm_up_events(
     make_lab: MakeLab, told: list[events.Event], overheard: Any
 ) -> None:
-    train(connect(make_lab().base_url))
-    assert kinds(told) == [events.WarmupStarted, events.WarmupEnded]
+    lab = make_lab()
+    train(connect(lab.base_url))
+    # Over TLS the connections of the warm-up are opened before it begins.
+    sent = [event.number for event in told if isinstance(event, events.ProbesSent)]
+    assert sum(sent) == programs.job_of(lab).probes > 0
+    assert kinds(told) == [
+        events.ClientConnected,
+        *[events.ProbesSent] * (len(sent) - 1),
+        events.WarmupStarted,
+        events.ProbesSent,
+        events.WarmupEnded,
+    ]
     ended = told[-1]
     assert isinstance(ended, events.WarmupEnded)
-    assert (ended.outcome, ended.rounds, ended.error) == ("warm", 1, None)
+    assert (ended.outcome, ended.rounds, ended.refused, ended.error) == ("warm", 1, False, None)
+    assert {event.gateway for event in told} == {programs.job_of(lab).gateway}
     assert overheard.events.count("warmup.ended") == 1
 
 
@@ -47,13 +67,18 @@ def test_race_emits_events_from_first_404_to_recovery(
     settings(base_delay=0.2)
     lab = make_lab()
     client = connect(lab.base_url)
+    warmup = programs.job_of(lab).probes
     del told[:]
     began = time.time()
-    lab.fault(Fault(kinds=["poll"], seconds=1.5))
+    stale_from_the_first(lab, 1.5, kinds=["poll"])
     train(client)
     exact(lab, gradients=1, optim_steps=1)
 
-    assert kinds(told)[:2] == [events.Refused, events.QuestionAnswered]
+    asked = [events.QuestionAsked, events.QuestionAnswered]
+    assert [kind for kind in kinds(told) if kind is not events.ProbesSent][:3] == [
+        events.Refused,
+        *asked,
+    ]
     assert kinds(told)[-1] is events.Recovered
     assert len({event.job for event in told}) == 1
     assert told[0].job == lab.base_url.split("rlorTrainerJobs/")[1]
@@ -73,8 +98,12 @@ def test_race_emits_events_from_first_404_to_recovery(
     assert counters.replays == len(replayed)
     assert counters.longest_wait == pytest.approx(recovered.seconds, abs=0.01)
     answered = [event for event in told if isinstance(event, events.QuestionAnswered)]
-    assert {(event.state, event.said) for event in answered} == {("running", "JOB_STATE_RUNNING")}
-    assert counters.questions == len(answered)
+    assert {(event.state, event.control_plane_said) for event in answered} == {
+        ("running", "JOB_STATE_RUNNING")
+    }
+    assert counters.questions == len(answered) == kinds(told).count(events.QuestionAsked)
+    sent = [event.number for event in told if isinstance(event, events.ProbesSent)]
+    assert counters.probes - warmup == sum(sent)
     for event in told:
         assert event.name in overheard.events or event.level == 10, event
 
@@ -86,8 +115,9 @@ def test_gone_job_emits_failed_fast(make_lab: MakeLab, told: list[events.Event])
     lab.end_job()
     with pytest.raises(Exception) as crash:
         train(client)
-    failed = told[-1]
-    assert isinstance(failed, events.FailedFast)
+    (failed,) = [event for event in told if isinstance(event, events.FailedFast)]
+    dropped = programs.job_of(lab).telemetry_dropped
+    assert kinds(told).count(events.TelemetryDropped) == dropped
     assert failed.replays == 0
     # The note on the exception is the event.
     assert str(failed) in programs.notes(crash.value)
@@ -111,6 +141,49 @@ def test_failing_subscriber_disturbs_neither_run_nor_others(
     exact(lab, gradients=1, optim_steps=1)
     assert later == told
     assert "shim.failed" in overheard.events
+
+
+def test_subscriber_finds_its_event_counted(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    found = []
+
+    def look(event: events.Event) -> None:
+        if isinstance(event, events.Refused):
+            found.append(programs.job_of(lab).refused)
+
+    unsubscribe = tinker_routefix.subscribe(look)
+    try:
+        lab.fault(Fault(kinds=["forward_backward"], count=2))
+        train(client)
+    finally:
+        unsubscribe()
+    assert found == [1, 2]
+
+
+@pytest.mark.parametrize("other", ["job", "gateway"])
+def test_event_of_another_job_is_not_counted(other: str) -> None:
+    job = Job("https://gateway.example", "acct", "job")
+    counters = _counters.feed(job)
+    event = events.TelemetryDropped(job=str(job), gateway=job.gateway)
+    events.publish(replace(event, **{other: "another"}))  # type: ignore[arg-type]
+    assert counters == _counters.Counters()
+    events.publish(event)
+    assert counters == _counters.Counters(telemetry_dropped=1)
+    assert _counters.of(job) is counters
+
+
+@pytest.mark.parametrize(("held_back", "text"), [(1, "1 similar line"), (2, "2 similar lines")])
+def test_lines_held_back_are_counted_in_the_next(overheard: Any, held_back: int, text: str) -> None:
+    limit = _log.RateLimit(seconds=3600)
+    for _ in range(1 + held_back):
+        events.publish(events.TelemetryDropped(job="acct/job"), limit=limit)
+    limit._last.clear()
+    events.publish(events.TelemetryDropped(job="acct/job"), limit=limit)
+    first, last = overheard.lines
+    assert "suppressed" not in first
+    assert f"no route ({text} suppressed)" in last
+    assert f"'routefix_skipped': {held_back}" in last
 
 
 def test_unsubscribing_twice_leaves_other_subscriptions_alone() -> None:
@@ -138,3 +211,31 @@ def test_event_attributes_are_read_only() -> None:
     event = events.Recovered(job="acct/job", request="optim_step", replays=1, seconds=2.0)
     with pytest.raises(AttributeError):
         event.seconds = 3.0  # type: ignore[misc]
+
+
+def undocumented(module: ModuleType) -> list[str]:
+    """The fields of a module's public dataclasses that no docstring follows."""
+    return [
+        f"{node.name}.{line.target.id}"
+        for node in ast.parse(inspect.getsource(module)).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        for line, below in pairwise([*node.body, ast.Pass()])
+        if isinstance(line, ast.AnnAssign)
+        and isinstance(line.target, ast.Name)
+        and "ClassVar" not in ast.unparse(line.annotation)
+        and not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant))
+    ]
+
+
+@pytest.mark.parametrize("module", [events, _status])
+def test_each_public_field_has_a_docstring(module: ModuleType) -> None:
+    assert undocumented(module) == []
+
+
+def test_public_names_include_every_kind_of_event() -> None:
+    kinds = {
+        name
+        for name, kind in vars(events).items()
+        if isinstance(kind, type) and issubclass(kind, events.Event)
+    }
+    assert kinds < {*events.__all__} <= vars(events).keys()

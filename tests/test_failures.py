@@ -15,9 +15,11 @@ import tinker
 import tinker_routefix
 from tests import programs
 from tests.programs import connect, exact, train
-from tinker_routefix import _connections, _log, _sdk
+from tinker_routefix import _clients, _futures, _log, _manager, _refused, _threads
+from tinker_routefix._answers import Kind, kind_of
+from tinker_routefix._connecting import ConnectBudget
+from tinker_routefix._connections import MARK
 from tinker_routefix._job import Job
-from tinker_routefix._route import ConnectBudget
 from tinker_routefix.lab import GATEWAY_404, Answer, Fault, Lab
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def test_uninspectable_client_is_lent_all_the_same(
     lab: Lab, settings: Change, monkeypatch: pytest.MonkeyPatch, overheard: Overheard
 ) -> None:
     settings(strict=False)
-    monkeypatch.setattr(_sdk, "_lending_of", broken)
+    monkeypatch.setattr(_clients, "_pooled_client", broken)
     train(connect(lab.base_url))
     exact(lab, gradients=1, optim_steps=1)
     assert "shim.failed" in overheard.events
@@ -54,7 +56,7 @@ def test_uninspectable_client_with_strict_raises_and_is_given_back(
 ) -> None:
     client = connect(lab.base_url)
     with monkeypatch.context() as patch:
-        patch.setattr(_sdk, "_lending_of", broken)
+        patch.setattr(_clients, "_pooled_client", broken)
         with pytest.raises(OSError, match="too many"):
             programs.on_loop(client, broken)
     for pool in client.holder._client_pools.values():
@@ -68,7 +70,7 @@ def test_failed_replay_preparation_raises_tinkers_404(
 ) -> None:
     client = connect(lab.base_url)
     settings(strict=False)
-    monkeypatch.setattr(_sdk, "Replay", broken)
+    monkeypatch.setattr(_refused, "Replay", broken)
     lab.fault(Fault(kinds=["forward_backward"]))
     with pytest.raises(tinker.NotFoundError) as caught:
         train(client)
@@ -76,12 +78,36 @@ def test_failed_replay_preparation_raises_tinkers_404(
     assert "shim.failed" in overheard.events
 
 
+def test_submission_that_cannot_be_compared_is_sent_and_its_404_raised(
+    lab: Lab, settings: Change, overheard: Overheard
+) -> None:
+    """To notice a step that is repeated is not worth an error."""
+    settings(strict=False)
+    client = connect(lab.base_url)
+
+    def submit(**more: object) -> object:
+        body = {"model_id": client.model_id, **more}
+        return programs.on_loop(
+            client, lambda http: http.post("/api/v1/weight_sync", body=body, cast_to=httpx.Response)
+        )
+
+    lab.end_job()
+    # Keys of two kinds cannot be sorted.
+    for more in ({}, {"names": {1: "one", "two": 2}}):
+        with pytest.raises(tinker.NotFoundError) as caught:
+            submit(**more)
+        programs.gateway_404(caught.value)
+    assert lab.count("other", refused=True) == 2
+    assert "comparing a submission" in "".join(overheard.lines)
+    assert "noting a 404" in "".join(overheard.lines)
+
+
 def test_replay_without_a_fresh_connection_uses_the_old_one(
     lab: Lab, settings: Change, monkeypatch: pytest.MonkeyPatch, overheard: Overheard
 ) -> None:
     client = connect(lab.base_url)
     settings(strict=False, base_delay=0.2)
-    monkeypatch.setattr(_sdk._Pool, "replacement", lambda _: broken)
+    monkeypatch.setattr(_clients.Pool, "replacement", lambda _: broken)
     lab.fault(Fault(kinds=["forward_backward"], count=2))
     train(client)
     exact(lab, gradients=1, optim_steps=1)
@@ -98,12 +124,12 @@ def test_failed_close_of_a_retired_connection_is_harmless(
 
     client = connect(lab.base_url)
     settings(base_delay=0.2)
-    monkeypatch.setattr(_sdk._Pool, "close", unclosable)
+    monkeypatch.setattr(_clients.Pool, "close", unclosable)
     lab.fault(Fault(kinds=["forward_backward"], count=2))
     train(client)
     exact(lab, gradients=1, optim_steps=1)
     assert "connection.close_failed" in overheard.events
-    assert not _connections._closing
+    assert not _threads._tasks
 
 
 def test_unreadable_job_manager_is_made_all_the_same(
@@ -118,9 +144,9 @@ def test_unreadable_job_manager_is_made_all_the_same(
         made.append((args, kwargs))
 
     with pytest.raises(OSError, match="too many"):
-        _sdk.note_manager(init, Manager(), ("key",), {"verify": False})
+        _manager.note_manager(init, Manager(), ("key",), {"verify": False})
     settings(strict=False)
-    _sdk.note_manager(init, Manager(), ("key",), {"verify": False})
+    _manager.note_manager(init, Manager(), ("key",), {"verify": False})
     assert made == [(("key",), {"verify": False})] * 2
     assert "noting a job manager" in "".join(overheard.lines)
 
@@ -141,23 +167,23 @@ URL = f"{JOB.gateway}/training/v1/rlorTrainerJobs/acct/job/api/v1/optim_step"
 def test_incomplete_response_is_not_a_gateway_404() -> None:
     request = httpx.Request("POST", URL)
     whole = httpx.Response(404, content=GATEWAY_404.content, request=request)
-    assert _sdk._is_refused(AnsweredError(whole), JOB)
+    assert kind_of(AnsweredError(whole), JOB) is Kind.GATEWAY_404
     without_request = httpx.Response(404, content=GATEWAY_404.content)
     unread = httpx.Response(404, stream=httpx.ByteStream(GATEWAY_404.content), request=request)
-    assert not _sdk._is_refused(AnsweredError(without_request), JOB)
-    assert not _sdk._is_refused(AnsweredError(unread), JOB)
-    assert not _sdk._is_refused(AnsweredError(None), JOB)
-    assert not _sdk._is_refused(ValueError("no answer at all"), JOB)
+    assert kind_of(AnsweredError(without_request), JOB) is Kind.ANSWER
+    assert kind_of(AnsweredError(unread), JOB) is Kind.ANSWER
+    assert kind_of(AnsweredError(None), JOB) is Kind.NO_ANSWER
+    assert kind_of(ValueError("no answer at all"), JOB) is Kind.NO_ANSWER
     not_ready = httpx.Response(503, stream=httpx.ByteStream(b"{}"), request=request)
-    assert not _sdk._is_not_ready(AnsweredError(not_ready))
+    assert kind_of(AnsweredError(not_ready), JOB) is Kind.ANSWER
 
 
 def test_warm_up_of_an_unnamed_model_probes_another_path(lab: Lab) -> None:
     """The name comes from an object of tinker's that no contract says anything of."""
 
     async def warm_up(http: Any) -> None:
-        lending = getattr(http, _sdk._MARK)
-        await _sdk._warm_up(lending, None, None, ConnectBudget())
+        pooled = getattr(http, MARK)
+        await _futures._warm_up(pooled, None, None, ConnectBudget())
 
     programs.on_loop(programs.service(lab.base_url), warm_up)
     assert [e.kind for e in lab.exchanges][-3:] == ["capabilities"] * 3

@@ -12,7 +12,7 @@ import pytest
 
 import tinker_routefix
 from tests import fireworks_programs as programs
-from tests.common import exact
+from tests.common import exact, notes, stale_from_the_first
 from tests.conftest import run_python
 from tests.fireworks_programs import connect, forward_backward, optim_step, save, sdk, train
 from tinker_routefix.lab import Answer, Fault
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from tinker_routefix.lab import Exchange, Lab
+    from tinker_routefix.lab import Lab
 
     MakeLab = Callable[..., Lab]
     Plain = Callable[[], AbstractContextManager[None]]
@@ -30,17 +30,6 @@ pytest.importorskip("fireworks.training.sdk", reason="the Fireworks SDK is not i
 
 STALE = 2.5
 """Seconds."""
-
-
-def stale_from_the_first_request(lab: Lab) -> Fault:
-    """However long it takes until the program sends it."""
-    first: list[float] = []
-
-    def stale(exchange: Exchange) -> bool:
-        first.append(exchange.at)
-        return exchange.at - first[0] < STALE
-
-    return lab.fault(Fault(when=stale))
 
 
 def crashes(run: Callable[[], object]) -> BaseException:
@@ -57,7 +46,7 @@ def crashes(run: Callable[[], object]) -> BaseException:
 @pytest.mark.parametrize("lora_rank", [0, 8], ids=["full", "lora"])
 def test_cold_race_is_survived(make_lab: MakeLab, plain: Plain, lora_rank: int) -> None:
     def run(lab: Lab) -> None:
-        stale_from_the_first_request(lab)
+        stale_from_the_first(lab, STALE)
         train(connect(lab.base_url, lora_rank), 2)
 
     with plain():
@@ -81,7 +70,7 @@ def test_race_after_the_manager_reports_ready_is_survived(make_lab: MakeLab, pla
     """RUNNING and one healthz is what it goes by, and then the first call gets a 404."""
 
     def run(lab: Lab) -> None:
-        stale_from_the_first_request(lab)
+        stale_from_the_first(lab, STALE)
         url = programs.manager(lab.origin).wait_for_existing(lab.job).base_url
         assert url == lab.base_url
         train(connect(url))
@@ -123,6 +112,33 @@ def test_submission_with_lost_answer_then_404_is_not_sent_again(
     assert tinker_routefix.may_have_been_carried_out(error)
 
 
+@pytest.mark.parametrize(
+    "hiccup", [{"answer": Answer(500, b"")}, {"drop": True}], ids=["HTTP 500", "dropped"]
+)
+def test_control_plane_that_hiccups_during_an_outage_ends_no_run(
+    make_lab: MakeLab, plain: Plain, hiccup: dict[str, Any]
+) -> None:
+    """It is asked again, with the manager's key."""
+
+    def run(lab: Lab) -> Fault:
+        manager = programs.manager(lab.origin)
+        client = connect(manager.wait_for_existing(lab.job).base_url)
+        passing = lab.fault(Fault(kinds=["control_plane"], at="control_plane", count=2, **hiccup))
+        # Once it has asked, not before it has asked again: however late that is.
+        lab.fault(Fault(when=lambda _: passing.hits == 1))
+        stale_from_the_first(lab, STALE)
+        train(client, 2)
+        return passing
+
+    with plain():
+        crashes(lambda: run(make_lab()))
+    lab = make_lab()
+    assert run(lab).hits == 2
+    exact(lab, gradients=2, optim_steps=2)
+    questions = [e for e in lab.exchanges if e.kind == "control_plane"]
+    assert {e.headers["x-api-key"] for e in questions} == {programs.API_KEY}
+
+
 def test_managers_with_two_keys_do_not_hurt_each_other(make_lab: MakeLab) -> None:
     """A revoked key beside a good one: the manager with the request's own key asks."""
     lab = make_lab()
@@ -137,7 +153,7 @@ def test_managers_with_two_keys_do_not_hurt_each_other(make_lab: MakeLab) -> Non
         )
     )
     client = connect(lab.base_url)
-    lab.fault(Fault(kinds=["optim_step", "get_info"], seconds=STALE))
+    stale_from_the_first(lab, STALE, kinds=["optim_step", "get_info"])
     train(client)
     exact(lab, gradients=1, optim_steps=1)
     asked = [e for e in lab.exchanges if e.kind == "control_plane" and e.job]
@@ -150,7 +166,7 @@ def test_managers_with_two_keys_do_not_hurt_each_other(make_lab: MakeLab) -> Non
 def test_poll_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str) -> None:
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)
-        lab.fault(Fault(kinds=[f"poll:{kind}"], seconds=STALE))
+        stale_from_the_first(lab, STALE, kinds=[f"poll:{kind}"])
         train(client)
 
     with plain():
@@ -166,7 +182,7 @@ def test_poll_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str) -> Non
 def test_submission_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str) -> None:
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)
-        lab.fault(Fault(kinds=[kind], seconds=STALE))
+        stale_from_the_first(lab, STALE, kinds=[kind])
         train(client)
 
     with plain():
@@ -181,7 +197,7 @@ def test_404_on_one_part_of_a_batch_is_survived(make_lab: MakeLab, plain: Plain)
 
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)
-        lab.fault(Fault(kinds=["forward_backward"], skip=1, seconds=STALE))
+        stale_from_the_first(lab, STALE, kinds=["forward_backward"], skip=1)
         future = forward_backward(client, 2 * 1024 + 2)
         optim = optim_step(client)
         future.result(programs.PATIENCE)
@@ -200,7 +216,7 @@ def test_checkpoint_listing_on_a_stale_route_is_complete(make_lab: MakeLab, plai
     def run(lab: Lab) -> Any:
         client = connect(lab.base_url)
         save(client)
-        lab.stale(STALE)
+        stale_from_the_first(lab, STALE)
         return client.list_checkpoints()
 
     with plain():
@@ -235,7 +251,7 @@ def test_request_to_a_deleted_job_fails_fast(
     crash = run(make_lab())
     assert type(crash) is type(expected)
     assert type(programs.gateway_404(crash)) is type(programs.gateway_404(expected))
-    assert "JOB_STATE_DELETED" in " ".join(getattr(crash, "__notes__", ()))
+    assert "JOB_STATE_DELETED" in notes(crash)
 
 
 # --- Who is imported first ---------------------------------------------------------------
@@ -261,7 +277,7 @@ SDK = ("fireworks.training.sdk", "fireworks.training.sdk.client")
 )
 def test_shim_works_in_any_import_order(make_lab: MakeLab, imports: tuple[str, ...]) -> None:
     lab = make_lab()
-    stale_from_the_first_request(lab)
+    stale_from_the_first(lab, STALE)
     ended = run_python(PROGRAM, lab.base_url, *imports)
     assert (ended.stdout, ended.returncode) == ("survived", 0), ended.stderr
     exact(lab, gradients=1, optim_steps=1)
@@ -269,7 +285,7 @@ def test_shim_works_in_any_import_order(make_lab: MakeLab, imports: tuple[str, .
 
 def test_switched_off_shim_leaves_the_crash(make_lab: MakeLab) -> None:
     lab = make_lab()
-    stale_from_the_first_request(lab)
+    stale_from_the_first(lab, STALE)
     ended = run_python(PROGRAM, lab.base_url, *SDK, "tinker_routefix", TINKER_ROUTEFIX="0")
     assert ended.returncode == 1
     assert "NotFoundError" in ended.stderr
@@ -302,7 +318,7 @@ def test_job_behind_a_split_gateway_is_asked_about_at_the_managers_control_plane
         if not kept:
             del manager
         asked = control_plane.control_plane.questions
-        stale_from_the_first_request(gateway)
+        stale_from_the_first(gateway, STALE)
         train(connect(url))
         return control_plane.control_plane.questions - asked
 

@@ -175,7 +175,7 @@ def test_protobuf_request_is_read_and_answered(
 
 
 def test_sample_completions_are_announced_per_clone(make_lab: MakeLab, connect: Any) -> None:
-    lab = make_lab(work_seconds=0.1)
+    lab = make_lab(work_seconds=2, poll_seconds=30)
     client = connect(lab.base_url)
     sampler = client.post(
         "create_sampling_session",
@@ -208,28 +208,28 @@ def test_sample_completions_are_announced_per_clone(make_lab: MakeLab, connect: 
 def test_poll_of_unfinished_work_waits_and_answers_try_again(
     make_lab: MakeLab, connect: Any
 ) -> None:
-    client = connect(make_lab(work_seconds=1, poll_seconds=0.05).base_url)
+    client = connect(make_lab(work_seconds=5, poll_seconds=0.05).base_url)
     submitted = client.post(
         "create_model", session_id=client.session(), model_seq_id=0, base_model="lab/base"
     ).json()
     answer = client.post("retrieve_future", request_id=submitted["request_id"])
     assert answer.status_code == 408
     assert answer.json()["type"] == "try_again"
-    time.sleep(1.05)
+    time.sleep(5.05)
     assert client.post("retrieve_future", request_id=submitted["request_id"]).status_code == 200
 
 
 def test_operations_of_one_model_run_one_after_another(make_lab: MakeLab, connect: Any) -> None:
-    lab = make_lab()
+    lab = make_lab(poll_seconds=30)
     client = connect(lab.base_url)
     model = client.model()
-    lab.work_seconds = 0.6
-    assert lab.work_seconds == 0.6
+    lab.work_seconds = 2
+    assert lab.work_seconds == 2
     before = time.monotonic()
     steps = [client.step("optim_step", model, seq) for seq in (1, 2, 3)]
-    assert time.monotonic() - before < 0.6
+    assert time.monotonic() - before < 6, "none of them was waited for"
     client.result(steps[-1])
-    assert time.monotonic() - before >= 1.75
+    assert time.monotonic() - before >= 5.9
 
 
 def test_pod_answers_unknown_things_with_its_own_404(lab: Lab, client: Client) -> None:
@@ -506,11 +506,11 @@ def test_random_faults_are_seeded(make_lab: MakeLab, connect: Any) -> None:
 
 
 def test_fault_with_start_and_length_strikes_only_then(lab: Lab, client: Client) -> None:
-    lab.fault(Fault(starts=1, seconds=2))
+    fault = lab.fault(Fault(starts=100, seconds=200))
     assert statuses(client, 1) == [200]
-    time.sleep(1.2)
+    fault._armed -= 150
     assert statuses(client, 1) == [404]
-    time.sleep(2)
+    fault._armed -= 200
     assert statuses(client, 1) == [200]
 
 
@@ -808,7 +808,7 @@ def test_request_sent_twice_is_trained_twice(lab: Lab, client: Client) -> None:
 
 
 def test_lab_stops_with_requests_in_flight(connect: Any) -> None:
-    lab = Lab(work_seconds=60).start()
+    lab = Lab(work_seconds=60, poll_seconds=60).start()
     client = connect(lab.base_url)
     lab.fault(Fault(kinds={"capabilities"}, hang=True))
     lab.control_plane.mode = "slow_drip"

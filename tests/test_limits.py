@@ -12,16 +12,12 @@ import pytest
 
 import tinker_routefix
 from tests.common import RUNNING, Listener, http
-from tinker_routefix import _control_plane, _sdk
-from tinker_routefix._control_plane import (
-    Address,
-    Answer,
-    ControlPlane,
-    JobState,
-    Manager,
-    read_answer,
-)
+from tinker_routefix import _addresses, _question
+from tinker_routefix._addresses import Address, Manager
+from tinker_routefix._control_plane import ControlPlane
 from tinker_routefix._job import Job
+from tinker_routefix._job_state import Answer, JobState, read_answer
+from tinker_routefix._question import Connections
 from tinker_routefix._verdict import Verdict, of_body
 
 if TYPE_CHECKING:
@@ -64,7 +60,7 @@ def test_control_plane_answer_is_read_up_to_64_kib(
 
 @pytest.mark.parametrize(("later", "questions"), [(0.99, 1), (1.0, 2)])
 def test_answer_is_reused_for_exactly_one_second(mocker: Any, later: float, questions: int) -> None:
-    fetch = mocker.patch.object(ControlPlane, "_fetch", return_value=(200, RUNNING, None))
+    fetch = mocker.patch.object(Connections, "fetch", return_value=(200, RUNNING, None))
     now = mocker.patch("time.monotonic", return_value=500.0)
 
     async def ask() -> tuple[Answer, Answer]:
@@ -76,7 +72,7 @@ def test_answer_is_reused_for_exactly_one_second(mocker: Any, later: float, ques
     first, second = asyncio.run(ask())
     assert fetch.call_count == questions
     assert (first is second) is (questions == 1)
-    assert first.at == 500.0
+    assert first.answered_at == 500.0
 
 
 def test_slow_answer_is_reused_from_its_end_on(mocker: Any) -> None:
@@ -88,7 +84,7 @@ def test_slow_answer_is_reused_from_its_end_on(mocker: Any) -> None:
         now.return_value += 4.1239
         return 200, RUNNING, None
 
-    fetch = mocker.patch.object(ControlPlane, "_fetch", side_effect=slow)
+    fetch = mocker.patch.object(Connections, "fetch", side_effect=slow)
 
     async def ask() -> None:
         control_plane = ControlPlane(NOWHERE)
@@ -105,14 +101,14 @@ def test_slow_answer_is_reused_from_its_end_on(mocker: Any) -> None:
 def test_failed_question_is_asked_again_after_a_second(mocker: Any) -> None:
     """The first time: then it is backed off from."""
     outcomes = [ValueError("no"), (200, RUNNING, None)]
-    mocker.patch.object(ControlPlane, "_fetch", side_effect=outcomes)
+    mocker.patch.object(Connections, "fetch", side_effect=outcomes)
     now = mocker.patch("time.monotonic", return_value=500.0)
 
     async def ask() -> list[str]:
         control_plane = ControlPlane(NOWHERE)
         said = []
         for _ in range(3):
-            said.append((await control_plane.ask({})).said)
+            said.append((await control_plane.ask({})).message)
             now.return_value += 0.6
         return said
 
@@ -164,7 +160,7 @@ def test_question_over_https_verifies_the_certificate(
         settings(control_plane_url="https://127.0.0.1:9")
         job = Job("https://gateway.example", "acct", "job")
     answer = asyncio.run(ControlPlane(job).ask({}))
-    assert answer.said == "no answer (ConnectError)"
+    assert answer.message == "no answer (ConnectError)"
     # More than one where the machine is so busy that the question is put once more.
     assert made
     for kwargs in made:
@@ -177,9 +173,9 @@ def test_question_verifies_tls_unless_the_job_manager_does_not(
     made: list[dict[str, Any]], scheme: str, verify: bool
 ) -> None:
     address = Address(f"{scheme}://127.0.0.1:9", None, verify=verify)
-    _control_plane.register(NOWHERE.gateway, Manager(lambda: address))
+    _addresses.register(NOWHERE.gateway, Manager(lambda: address))
     answer = asyncio.run(ControlPlane(NOWHERE).ask({}))
-    assert answer.said == "no answer (ConnectError)"
+    assert answer.message == "no answer (ConnectError)"
     (kwargs,) = made
     if scheme == "https" and verify:
         assert_verifies(kwargs["verify"])
@@ -189,11 +185,11 @@ def test_question_verifies_tls_unless_the_job_manager_does_not(
 
 
 def test_questions_share_one_tls_context(monkeypatch: pytest.MonkeyPatch, mocker: Any) -> None:
-    monkeypatch.setattr(_control_plane, "_tls", None)
+    monkeypatch.setattr(_question, "_tls", None)
     create: Callable[..., Any] = mocker.spy(httpx, "create_ssl_context")
 
     async def contexts() -> list[ssl.SSLContext]:
-        return [await _control_plane.tls_context() for _ in range(3)]
+        return [await _question.tls_context() for _ in range(3)]
 
     first, *others = asyncio.run(contexts())
     assert all(other is first for other in others)
@@ -202,28 +198,10 @@ def test_questions_share_one_tls_context(monkeypatch: pytest.MonkeyPatch, mocker
 
 def test_tls_context_reads_ssl_cert_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a company's own authority the control plane would be out of reach without them."""
-    monkeypatch.setattr(_control_plane, "_tls", None)
+    monkeypatch.setattr(_question, "_tls", None)
     # One without certificates is refused, so it was read.
     own = tmp_path / "ca.pem"
     own.touch()
     monkeypatch.setenv("SSL_CERT_FILE", str(own))
     with pytest.raises(ssl.SSLError):
-        asyncio.run(_control_plane.tls_context())
-
-
-def test_probes_verify_tls_as_tinker_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the certificates that the environment names; read once."""
-    _sdk._tls_context.cache_clear()
-    try:
-        context = _sdk._tls_context()
-        assert_verifies(context)
-        assert _sdk._tls_context() is context
-        _sdk._tls_context.cache_clear()
-        # One without certificates is refused, so it was read.
-        own = tmp_path / "ca.pem"
-        own.touch()
-        monkeypatch.setenv("SSL_CERT_FILE", str(own))
-        with pytest.raises(ssl.SSLError):
-            _sdk._tls_context()
-    finally:
-        _sdk._tls_context.cache_clear()
+        asyncio.run(_question.tls_context())

@@ -7,27 +7,44 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import time
+import weakref
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
-from tinker_routefix import _control_plane, _log, _sdk, _settings, _warmup
-from tinker_routefix._connections import Lending
-from tinker_routefix._control_plane import Answer, Told
+from tests.common import notes
+from tinker_routefix import (
+    _control_plane,
+    _log,
+    _prober,
+    _question,
+    _requests,
+    _settings,
+    _waiters,
+    _warmup,
+)
+from tinker_routefix._answers import Kind
+from tinker_routefix._connecting import ConnectBudget
+from tinker_routefix._connections import MARK, PooledClient
 from tinker_routefix._counters import Counters
 from tinker_routefix._job import Job
-from tinker_routefix._retry import Replay, Waiting
-from tinker_routefix._route import ConnectBudget, Route
+from tinker_routefix._job_state import Answer, Told
+from tinker_routefix._refused import ReplayableRequest
+from tinker_routefix._replay import Replay
+from tinker_routefix._route import Route
+from tinker_routefix._waiting import RouteWait
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from pytest_mock import MockerFixture
 
-    from tinker_routefix._retry import Probe
+    Probe = Callable[[], Awaitable[None]]
 
 JOB = Job("https://gateway.example", "acct", "job")
 
@@ -46,8 +63,10 @@ class Clock:
         mocker.patch("random.uniform", lambda _, high: high)
         # It has noted moments of other clocks.
         mocker.patch.object(_log, "_own_failures", _log.RateLimit(seconds=60.0))
-        mocker.patch.object(Route, "pause", lambda on, seconds, **_: self.pause(on, seconds))
-        mocker.patch.object(Route, "rest", self.rest)
+        mocker.patch.object(
+            Route, "wait_until_reachable", lambda on, seconds, **_: self.pause(on, seconds)
+        )
+        mocker.patch.object(_waiters.Waiters, "sleep", self.rest)
         self.on_wait: Callable[[float], bool] = lambda _: False
         """Whether the route answers during a wait that began at this moment."""
 
@@ -60,7 +79,7 @@ class Clock:
         self.waits.append(seconds)
         self.now += 1.0 if early else seconds
         if early:
-            on.answered(proof=True)
+            on.mark_reachable(proof=True)
         await asyncio.sleep(0)
         return early
 
@@ -79,6 +98,7 @@ class ControlPlane:
         self.ago = 0.0
         """How old its answers are."""
         self._flight = _control_plane._Flight()
+        self.connections = SimpleNamespace(let_go=lambda: None)
 
     async def ask(self, _: object) -> Answer:
         answer = self._flight.answer
@@ -87,8 +107,8 @@ class ControlPlane:
             self.questions += 1
             answer = self._flight.note(told, f"JOB_STATE_{told.name}", 0.0)
         await asyncio.sleep(0)
-        at, since = answer.at - self.ago, answer.since - self.ago
-        return dataclasses.replace(answer, at=at, since=since)
+        at, since = answer.answered_at - self.ago, answer.since - self.ago
+        return dataclasses.replace(answer, answered_at=at, since=since)
 
 
 def route(*told: Told) -> Route:
@@ -105,23 +125,35 @@ def replay(
     error: Exception | None = None,
     *,
     budget: ConnectBudget | None = None,
+    probe: Probe | None = None,
 ) -> Replay:
     """One of a request that is made later or, with a budget, as a part of connecting."""
     return Replay(
-        on,
-        error or RefusedError("first"),
-        budget=budget,
-        headers={},
-        send=send,
-        refused=lambda other: isinstance(other, RefusedError),
-        uncertain=lambda: None,
-        probe=no_probe,
-        what="forward_backward",
+        on, Request(send), error or RefusedError("first"), budget=budget, probe=probe or no_probe
     )
 
 
-def waiting(on: Route, probe: Probe = no_probe, *, connecting: bool = False) -> Waiting:
-    return Waiting(on, probe, longest=60, connecting=connecting)
+class Request:
+    """A request that was refused."""
+
+    name = "forward_backward"
+
+    def __init__(self, send: Callable[[], Awaitable[Any]]) -> None:
+        self.headers: Mapping[str, str] = {}
+        self._send = send
+
+    async def send_again(self) -> Any:
+        return await self._send()
+
+    def is_refusal(self, error: BaseException) -> bool:
+        return isinstance(error, RefusedError)
+
+    def uncertain(self) -> str | None:
+        return None
+
+
+def waiting(on: Route, probe: Probe = no_probe, *, connecting: bool = False) -> RouteWait:
+    return RouteWait(on, probe, ConnectBudget() if connecting else None)
 
 
 class Sender:
@@ -152,13 +184,13 @@ def test_retry_succeeds_immediately_when_no_404(clock: Clock) -> None:
     """The request is sent once, and that is all: no question, no wait, nothing counted."""
     on, send, client = route(), Sender("answer"), SimpleNamespace()
     pool: Any = SimpleNamespace(route=on)
-    setattr(client, _sdk._MARK, Lending(client, pool))
+    setattr(client, MARK, PooledClient(client, pool))
 
     async def request(*_: object) -> Any:
         return await send()
 
     options = SimpleNamespace(url="/api/v1/forward_backward")
-    answer = asyncio.run(_sdk.guard_request(request, client, (object, options), {}))
+    answer = asyncio.run(_requests.guard_request(request, client, (object, options), {}))
     assert (answer, send.sent) == ("answer", 1)
     assert on.control_plane.questions == 0
     assert clock.waits == []
@@ -236,7 +268,7 @@ def test_retry_fails_fast_when_job_no_longer_running(
     assert send.sent == 0
     assert clock.waits == waits
     assert on.counters.failed_fast == 1
-    assert f"JOB_STATE_{told.name}; 0 replays" in error.__notes__[0]
+    assert f"JOB_STATE_{told.name}; 0 replays" in notes(error)
 
 
 @pytest.mark.parametrize("told", [Told.GONE, Told.QUESTION_REFUSED, Told.NOTHING])
@@ -250,7 +282,7 @@ def test_retry_recovers_after_one_strange_answer(clock: Clock, told: Told) -> No
 
 def asks_for_real(on: Route, mocker: MockerFixture, answer: Any) -> None:
     """Have it ask a control plane that answers every question the same."""
-    fetch = mocker.patch.object(_control_plane.ControlPlane, "_fetch")
+    fetch = mocker.patch.object(_question.Connections, "fetch")
     fetch.side_effect = answer if isinstance(answer, Exception) else None
     fetch.return_value = answer
     on.control_plane = _control_plane.ControlPlane(JOB)
@@ -278,7 +310,7 @@ def test_retry_fails_fast_when_control_plane_probe_errors(
     assert send.sent == 0
     assert clock.waits == [1]
     assert on.counters.failed_fast == 1
-    assert f": {said}; 0 replays" in error.__notes__[0]
+    assert f": {said}; 0 replays" in notes(error)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +337,7 @@ def test_retry_waits_out_its_budget_when_control_plane_cannot_tell(
     # The first wait of the policy, and then from question to question.
     assert clock.waits == pytest.approx([2, 2, 4, 4, 4, 4, 4, 4, 2])
     assert (on.counters.given_up, on.counters.failed_fast) == (1, 0)
-    assert f": {said}; 0 replays in 30.0 s" in error.__notes__[0]
+    assert f": {said}; 0 replays in 30.0 s" in notes(error)
 
 
 def test_retry_replays_when_the_pod_answers_while_control_plane_cannot_tell(clock: Clock) -> None:
@@ -318,7 +350,7 @@ def test_retry_replays_when_the_pod_answers_while_control_plane_cannot_tell(cloc
 
 def test_retry_with_proof_older_than_the_refusal_waits_for_another(clock: Clock) -> None:
     on, send = route(Told.RUNNING, Told.NOTHING, Told.NOTHING, Told.RUNNING), Sender("answer")
-    on.answered(proof=True)
+    on.mark_reachable(proof=True)
     on.control_plane.ago = 0.5  # type: ignore[attr-defined]
     clock.now += 0.1
     assert asyncio.run(run(replay(on, send))) == "answer"
@@ -473,7 +505,7 @@ def test_answer_ends_the_wait_once_it_was_heard_for_long_enough(
 ) -> None:
     wait = waiting(route(), connecting=connecting)
     wait.answer = Answer(told, "said", clock.now, clock.now - seconds)
-    assert wait.ended() is ends
+    assert wait.is_over() is ends
 
 
 def test_forty_concurrent_retries_keep_their_own_errors_and_counts(
@@ -503,6 +535,27 @@ def test_forty_concurrent_retries_keep_their_own_errors_and_counts(
             assert outcome.args == (number,)
 
 
+@pytest.mark.parametrize("kind", [Kind.GATEWAY_404, Kind.UNKNOWN_404])
+def test_refused_request_and_its_replay_are_freed_without_garbage_collection(kind: Kind) -> None:
+    """They hold a batch, and rounds of the collector are what makes the loop stand still."""
+    options = SimpleNamespace(idempotency_key=None)
+    pooled = SimpleNamespace(client=SimpleNamespace())
+    call: Any = SimpleNamespace(
+        name="optim_step", route=route(), budget=None, options=options, pooled=pooled
+    )
+    error: Any = RefusedError()
+    error.response = httpx.Response(404, request=httpx.Request("POST", JOB.url))
+    gc.disable()
+    try:
+        request = ReplayableRequest(call, error, kind)
+        replay = request.replay(error)
+        held: list[weakref.ref[Any]] = [weakref.ref(request), weakref.ref(replay)]
+        del request, replay
+        assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()
+
+
 # --- The warm-up -------------------------------------------------------------------------
 
 
@@ -519,7 +572,7 @@ class FakeProber:
     proves = True
     """Whether a success of its probes shows that the pod is at work."""
 
-    def refused(self, error: BaseException) -> bool:
+    def is_refusal(self, error: BaseException) -> bool:
         return isinstance(error, RefusedError)
 
     async def is_the_pods(self, _: BaseException) -> bool:
@@ -528,8 +581,8 @@ class FakeProber:
     def headers(self, _: BaseException) -> dict[str, str]:
         return {}
 
-    def answered(self, error: BaseException) -> bool:
-        return isinstance(error, RefusedError | ValueError)
+    def is_answer(self, error: BaseException) -> bool:
+        return isinstance(error, ValueError)
 
 
 def warm_up(on: Route, prober: FakeProber, budget: ConnectBudget | None = None) -> None:
@@ -594,7 +647,7 @@ def test_warmup_of_an_ended_job_fails_fast(clock: Clock, told: Told, waits: list
     with pytest.raises(RefusedError) as caught:
         warm_up(on, FakeProber(None))
     assert clock.waits == waits
-    assert f"JOB_STATE_{told.name}" in caught.value.__notes__[0]
+    assert f"JOB_STATE_{told.name}" in notes(caught.value)
     assert (on.counters.failed_fast, on.warm) == (1, False)
 
 
@@ -653,11 +706,11 @@ def test_one_answer_releases_all_waiters() -> None:
         with on.incident():
             sleeping = [asyncio.ensure_future(wait.sleep(60)) for wait in waits]
             await asyncio.sleep(0.05)
-            assert on.sleepers == 100
-            on.answered(proof=False)
+            assert on.waiters.count == 100
+            on.mark_reachable(proof=False)
             await asyncio.wait_for(asyncio.gather(*sleeping), 10)
-        assert on.sleepers == 0
-        return [wait.full_waits for wait in waits]
+        assert on.waiters.count == 0
+        return [wait.backoff.counted_waits for wait in waits]
 
     assert asyncio.run(program()) == [0] * 100
 
@@ -665,15 +718,15 @@ def test_one_answer_releases_all_waiters() -> None:
 def test_answer_since_the_refusal_ends_the_wait_and_an_older_one_does_not() -> None:
     async def program() -> None:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
-        on.answered(proof=False)
+        on.mark_reachable(proof=False)
         await asyncio.sleep(0.01)
         wait = waiting(on)
         with on.incident():
             await wait.sleep(0.05)
-            assert wait.full_waits == 1
-            on.answered(proof=False)
+            assert wait.backoff.counted_waits == 1
+            on.mark_reachable(proof=False)
             await asyncio.wait_for(wait.sleep(60), 10)
-            assert wait.full_waits == 1
+            assert wait.backoff.counted_waits == 1
 
     asyncio.run(program())
 
@@ -699,7 +752,7 @@ def test_prober_ends_with_the_incident() -> None:
 def test_prober_releases_waiters_on_any_answer_but_a_gateway_404(
     mocker: MockerFixture,
 ) -> None:
-    mocker.patch.object(_warmup, "_cadence", return_value=0.01)
+    mocker.patch.object(_prober, "_cadence", return_value=0.01)
 
     async def program(prober: FakeProber) -> int:
         on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
@@ -709,9 +762,9 @@ def test_prober_releases_waiters_on_any_answer_but_a_gateway_404(
             yield prober
 
         with on.incident():
-            wait = waiting(on, _warmup.light_prober(on, open_prober))
+            wait = waiting(on, _prober.light_prober(on, open_prober))
             await wait.sleep(1.0)
-        return wait.full_waits
+        return wait.backoff.counted_waits
 
     assert asyncio.run(program(FakeProber(None, None, "ok"))) == 0
     assert asyncio.run(program(FakeProber(None, ValueError("500"), None))) == 0
@@ -721,7 +774,7 @@ def test_prober_releases_waiters_on_any_answer_but_a_gateway_404(
 
 
 def test_prober_cadence_slows_down_over_time() -> None:
-    assert [_warmup._cadence(at) for at in (0, 0.9, 1, 29, 30)] == [0.25, 0.25, 0.5, 0.5, 1.0]
+    assert [_prober._cadence(at) for at in (0, 0.9, 1, 29, 30)] == [0.25, 0.25, 0.5, 0.5, 1.0]
 
 
 def test_changed_settings_reach_the_retry_policy(

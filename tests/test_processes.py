@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 
 from tests.common import CANARY, exact
 from tests.test_autoload import ROOT, VARIABLE, Environment
-from tinker_routefix.lab import Fault, Lab
+from tinker_routefix.lab import Exchange, Fault, Lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,8 +125,16 @@ def run(environment: Environment, tmp_path: Path) -> Run:
 
 def race(lab: Lab, processes: int = 1, *, skip: int = 0) -> None:
     """Every process that connects and trains meets 404s where it begins and on a poll."""
+    polls = Counter[str]()
+
+    def first(exchange: Exchange) -> bool:
+        """Of its future: the first process may be through before another one has begun."""
+        future = (exchange.said or {})["request_id"]
+        polls[future] += 1
+        return polls[future] == 1
+
     lab.fault(Fault(kinds=["create_session"], count=processes, skip=skip))
-    lab.fault(Fault(kinds=["poll:forward_backward"], count=processes))
+    lab.fault(Fault(kinds=["poll:forward_backward"], count=processes, when=first))
 
 
 def at_the_top(program: str) -> str:

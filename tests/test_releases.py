@@ -65,9 +65,13 @@ def test_every_file_of_tests_belongs_to_one_session() -> None:
     named = [f"test_{name}.py" for names in MATRIX["files"].values() for name in names]
     assert len(named) == len(set(named))
     there = {path.name for path in Path(__file__).parent.glob("test_*.py")}
-    # Not yet there: it comes with the tests of real gateways.
-    assert there <= set(named)
-    assert set(named) - there <= {"test_wire.py"}
+    assert there == set(named)
+
+
+def test_core_tests_are_in_the_files_that_the_matrix_names() -> None:
+    files_of_tests = Path(__file__).parent.glob("test_*.py")
+    marked = [one for one in files_of_tests if "\n@pytest.mark.core\n" in one.read_text("utf-8")]
+    assert sorted(path.stem for path in marked) == [f"test_{name}" for name in MATRIX["core"]]
 
 
 def test_compatibility_page_agrees_with_the_release_data() -> None:

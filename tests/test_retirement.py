@@ -58,7 +58,7 @@ def test_final_report_after_a_recovered_404_counts_it(make_lab: MakeLab) -> None
     lab = make_lab()
     lab.fault(Fault(kinds=["forward_backward"], count=2))
     (line,) = last_words(lab)
-    assert line.startswith("met 2 gateway 404s on 1 job, all recovered, longest wait ")
+    assert line.startswith("requests got 2 gateway 404s on 1 job, all recovered, longest wait ")
     exact(lab, gradients=1, optim_steps=0)
 
 
@@ -66,7 +66,7 @@ def test_final_report_after_a_404_at_warm_up_counts_it(make_lab: MakeLab) -> Non
     lab = make_lab()
     lab.fault(Fault(kinds=["get_info"], count=1))
     (line,) = last_words(lab)
-    assert line.startswith("met 1 gateway 404 on 1 job, all recovered, longest wait ")
+    assert line.startswith("requests got 1 gateway 404 on 1 job, all recovered, longest wait ")
 
 
 def test_final_report_after_a_failed_request_counts_it(make_lab: MakeLab) -> None:
@@ -74,7 +74,7 @@ def test_final_report_after_a_failed_request_counts_it(make_lab: MakeLab) -> Non
     lab.fault(Fault(kinds=["forward_backward"]))
     lab.control_plane.state = "JOB_STATE_DELETED"
     (line,) = last_words(lab)
-    assert line.startswith("met 1 gateway 404 on 1 job, 1 failed fast, longest wait ")
+    assert line.startswith("requests got 1 gateway 404 on 1 job, 1 failed fast, longest wait ")
 
 
 @pytest.mark.parametrize("switch", ["0", "1"])
@@ -161,7 +161,7 @@ def test_gateway_that_retries_its_lookup_leaves_the_shim_idle(
         plain,
         lambda lab: lab.fault(Fault(kinds=["forward_backward"], answer=None, delay=1, count=1)),
     )
-    assert programs.job_of(lab).cure is None
+    assert programs.job_of(lab).gateway_fix is None
 
 
 @pytest.mark.parametrize("kind", ["forward_backward", "poll"])
@@ -172,7 +172,7 @@ def test_503_route_not_ready_leaves_the_shim_idle(
         make_lab, plain, lambda lab: lab.fault(Fault(kinds=[kind], answer=NOT_READY, count=2))
     )
     # tinker repeats a submission below where the shim stands, and a poll above it.
-    assert programs.job_of(lab).cure == ("503 route_not_ready" if kind == "poll" else None)
+    assert programs.job_of(lab).gateway_fix == ("503 route_not_ready" if kind == "poll" else None)
 
 
 def test_warm_up_with_503_route_not_ready_ends(make_lab: MakeLab) -> None:
@@ -180,7 +180,7 @@ def test_warm_up_with_503_route_not_ready_ends(make_lab: MakeLab) -> None:
     lab.fault(Fault(kinds=["get_info", "capabilities"], answer=NOT_READY, count=3))
     train(connect(lab.base_url), 1)
     exact(lab, gradients=1, optim_steps=1)
-    assert programs.job_of(lab).cure == "503 route_not_ready"
+    assert programs.job_of(lab).gateway_fix == "503 route_not_ready"
     assert programs.job_of(lab).last_intervention is None
 
 
@@ -212,7 +212,7 @@ def test_404_with_a_code_of_its_own_for_a_stale_route_is_survived(
     lab = make_lab()
     run(lab)
     exact(lab, gradients=1, optim_steps=1)
-    assert programs.job_of(lab).cure is None
+    assert programs.job_of(lab).gateway_fix is None
 
 
 def test_gone_job_fails_fast_and_shows_no_fixed_gateway(make_lab: MakeLab, plain: Plain) -> None:
@@ -231,7 +231,7 @@ def test_gone_job_fails_fast_and_shows_no_fixed_gateway(make_lab: MakeLab, plain
     assert type(error) is type(expected)
     assert seconds < 10
     # It says nothing of a stale route: the code is the one for a job that is gone.
-    assert programs.job_of(lab).cure is None
+    assert programs.job_of(lab).gateway_fix is None
 
 
 def test_final_report_after_503_route_not_ready_says_the_shim_can_go(make_lab: MakeLab) -> None:
@@ -245,4 +245,4 @@ def test_final_report_after_503_route_not_ready_says_the_shim_can_go(make_lab: M
 
 def test_half_fixed_gateway_is_not_reported_as_fixed() -> None:
     words = _report.retirement(needed=True)
-    assert "can go once it does so for all, so that no 404 is met any more: delete" in words
+    assert "can go once it does so for all, so that no 404 is received any more: delete" in words

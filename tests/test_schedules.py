@@ -220,9 +220,10 @@ def test_other_faults_and_ended_jobs_end_as_with_plain_tinker(part: int, plain: 
 
 def account(played: Played) -> list[str]:
     """What the program was told, and what was sent for it."""
-    aside = ("control_plane", "heartbeat", "telemetry", "get_info", "capabilities")
+    # How often a session is asked for its samples before they are there is a matter of the moment.
+    aside = ("control_plane", "heartbeat", "telemetry", "get_info", "capabilities", "polls")
     told = [f"{one.op}: {one.state}, {type(one.error).__name__}" for one in played.results]
-    # Sorted: the parts of a batch are sent side by side.
+    # Sorted: what is not the program's is sent side by side with that.
     sent = sorted(
         f"{one.kind}:{one.subject} {one.seq_id} -> {one.status}"
         for one in played.exchanges

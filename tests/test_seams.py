@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import modulefinder
 import os
 import sys
+import threading
 import time
 import warnings
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,13 +22,13 @@ import wrapt
 
 import tinker_routefix
 from tests.conftest import of_the_shim, run_python
-from tinker_routefix import _seams
-from tinker_routefix._seams import TINKER, SeamState
+from tinker_routefix import _metadata, _patching, _seams
+from tinker_routefix._patching import SeamState
+from tinker_routefix._seams import TINKER
 from tinker_routefix.lab import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tinker_routefix.lab import Lab
 
@@ -66,8 +69,8 @@ def _as_found() -> Iterator[None]:
     yield
     tinker_routefix.uninstall()
     assert_same(everything(), found)
-    _seams._complained.clear()
-    _seams._missing.clear()
+    _patching._complained.clear()
+    _patching._missing.clear()
 
 
 def assert_same(now: dict[str, dict[str, Any]], then: dict[str, dict[str, Any]]) -> None:
@@ -165,7 +168,7 @@ def test_install_with_a_missing_seam_patches_nothing_and_warns(
             tinker_routefix.install()
         assert_same(everything(), before)
         settings(strict=False)
-        _seams._missing.clear()
+        _patching._missing.clear()
         with pytest.warns(tinker_routefix.RoutefixWarning, match=name) as warned:
             tinker_routefix.install()
         (message,) = of_the_shim(warned)
@@ -212,12 +215,12 @@ def test_install_failing_at_the_last_seam_undoes_the_others(
         type.__setattr__(owner, name, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_seams, "setattr", refuse, raising=False)
+        patch.setattr(_patching, "setattr", refuse, raising=False)
         with pytest.raises(RuntimeError, match="immutable"):
             tinker_routefix.install()
     assert wrapped[:2] == ["aclient", "request"]
     assert_same(everything(), before)
-    _seams._missing.clear()
+    _patching._missing.clear()
 
 
 def _plain() -> None:
@@ -259,7 +262,7 @@ def test_uninstall_below_a_foreign_wrapper_passes_through(lab: Lab) -> None:
     on_top = theirs(ours)
     future._result_async = on_top
     try:
-        assert (TINKER[-1], SeamState.BURIED) in [found[1:] for found in _seams.states()]
+        assert (TINKER[-1], SeamState.WRAPPED_OVER) in [found[1:] for found in _patching.states()]
         tinker_routefix.uninstall()
         assert vars(future)["_result_async"] is on_top, "theirs has to stay"
         assert states() == {"original", "ours, under another wrapper"}
@@ -299,6 +302,34 @@ def test_replaced_seam_is_wrapped_again_at_connect(lab: Lab, overheard: Any) -> 
     programs.exact(lab, gradients=1, optim_steps=1)
     tinker_routefix.uninstall()
     assert vars(future)["_result_async"] is theirs, "what was replaced stays replaced"
+    future._result_async = ours.__wrapped__
+
+
+def test_replaced_seam_is_wrapped_again_once_where_two_threads_see_it(
+    overheard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = OWNERS["_APIFuture._result_async"]
+    ours = vars(future)["_result_async"]
+
+    async def theirs(self: Any) -> Any:
+        return await ours.__wrapped__(self)
+
+    look = _patching.states
+
+    def look_and_be_overtaken() -> list[Any]:
+        seen = look()
+        monkeypatch.setattr(_patching, "states", look)
+        other = threading.Thread(target=_patching.verify)
+        other.start()
+        other.join()
+        return seen
+
+    monkeypatch.setattr(_patching, "states", look_and_be_overtaken)
+    future._result_async = theirs
+    _patching.verify()
+    assert overheard.events.count("seam.wrapped_again") == 1
+    tinker_routefix.uninstall()
+    assert vars(future)["_result_async"] is theirs
     future._result_async = ours.__wrapped__
 
 
@@ -489,6 +520,18 @@ def test_import_of_the_shim_loads_no_heavy_package() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_bundler_finds_every_module_of_the_shim() -> None:
+    """What is only imported by a name made at run time is missing in a frozen program."""
+    (folder,) = tinker_routefix.__path__
+    parent = str(Path(folder).parent)
+    others = {one.name.partition(".")[0] for one in Path(parent).iterdir()} - {"tinker_routefix"}
+    finder = modulefinder.ModuleFinder([parent], excludes=sorted(others))
+    finder.import_hook("tinker_routefix")
+    modules = {f"tinker_routefix.{path.stem}" for path in Path(folder).glob("[!_]*.py")}
+    modules |= {f"tinker_routefix.{path.stem}" for path in Path(folder).glob("_[!_]*.py")}
+    assert modules <= set(finder.modules)
+
+
 def test_bad_settings_are_refused_at_import() -> None:
     ended = run_python("import tinker_routefix", TINKER_ROUTEFIX_MAX_REPLAYS="many")
     assert ended.returncode == 1
@@ -503,7 +546,7 @@ def test_forked_child_starts_without_jobs_or_held_locks() -> None:
         """
 import os, threading, tinker_routefix, tinker, warnings
 from tests import programs
-from tinker_routefix import _route, _seams
+from tinker_routefix import _patching, _routes
 from tinker_routefix.lab import Lab
 with Lab() as lab:
     programs.connect(lab.base_url)
@@ -511,7 +554,7 @@ with Lab() as lab:
     # Both are held at that moment, by a thread that the child does not have.
     held = threading.Event()
     def hold():
-        with _seams._lock, _route._lock:
+        with _patching._lock, _routes._lock:
             held.set()
             threading.Event().wait()
     threading.Thread(target=hold, daemon=True).start()
@@ -559,11 +602,11 @@ def test_job_manager_gives_its_control_plane_while_it_lives(tmp_path: Path) -> N
         """
 import tinker_routefix, tinker
 import fireworks.training.sdk.trainer as trainer
-from tinker_routefix import _control_plane
+from tinker_routefix import _addresses
 manager = trainer.TrainerJobManager("key", "https://api.example/")
 states = [seam.state for seam in tinker_routefix.status().seams]
 assert states.count("ours") == len(tinker_routefix._seams.TINKER) + 1
-(known,) = _control_plane._managers["https://api.example"]
+(known,) = _addresses._managers["https://api.example"]
 address = known.address()
 assert address.root.rstrip("/") == "https://api.example" and address.verify, address
 assert address.headers == {"x-api-key": "key", "x-team": "blue"}, address.headers
@@ -594,7 +637,7 @@ class TrainerJobManager:
     def __init__(self):
         pass
 fireworks.training.sdk.trainer.TrainerJobManager = TrainerJobManager
-tinker_routefix._seams._module_came(fireworks.training.sdk.trainer)
+tinker_routefix._patching._module_came(fireworks.training.sdk.trainer)
 assert tinker_routefix.status().seams[-1].state == "ours"
 """,
         PYTHONPATH=fireworks(tmp_path, "fireworks.training.sdk.trainer", ""),
@@ -636,8 +679,8 @@ def test_warning_without_metadata_still_has_release_and_tracker(mocker: Any) -> 
     missing = metadata.PackageNotFoundError("tinker")
     mocker.patch("importlib.metadata.version", side_effect=missing)
     mocker.patch("importlib.metadata.metadata", side_effect=missing)
-    assert _seams._release(_seams.SDKS[0]) == "of an unknown release"
-    assert _seams._tracker() == "the shim's issue tracker"
+    assert _metadata.release_of("tinker") == "of an unknown release"
+    assert _metadata.tracker() == "the shim's issue tracker"
 
 
 def test_shim_leaves_asyncio_unpatched() -> None:

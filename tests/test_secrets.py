@@ -22,9 +22,12 @@ from tests import programs
 from tests.common import CANARIES, CANARY, RUNNING, Listener, http, leaks
 from tests.conftest import of_the_shim, run_python
 from tests.programs import exact, train
-from tinker_routefix import RoutefixWarning, SettingError, _control_plane, _log, _route, events
-from tinker_routefix._control_plane import Address, Answer, ControlPlane, JobState, Manager, Told
+from tinker_routefix import RoutefixWarning, SettingError, _addresses, _log, _routes, events
+from tinker_routefix._addresses import Address, Manager
+from tinker_routefix._control_plane import ControlPlane
 from tinker_routefix._job import Job
+from tinker_routefix._job_state import Answer, JobState, Told
+from tinker_routefix._question import Connections
 from tinker_routefix._settings import Settings
 from tinker_routefix.lab import Answer as HttpAnswer
 from tinker_routefix.lab import Fault, Lab
@@ -172,7 +175,7 @@ def test_leak_in_status_is_noticed(
     overheard: Overheard, monkeypatch: pytest.MonkeyPatch, shown: str
 ) -> None:
     async def look() -> list[str]:
-        route = _route.route_to(Job(JOB.gateway, "acct", CANARY if shown == "job" else "job-1"))
+        route = _routes.route_to(Job(JOB.gateway, "acct", CANARY if shown == "job" else "job-1"))
         flight = route.control_plane._flight(Address("", None, verify=True), {})
         if shown == "counter":
             route.counters.replays = CANARY  # type: ignore[assignment]
@@ -181,11 +184,11 @@ def test_leak_in_status_is_noticed(
         if shown == "address":
             address = Address(f"https://{CANARY}.example", None, verify=True)
             known = {"gateway": [Manager(lambda: address)]}
-            monkeypatch.setattr(_control_plane, "_managers", known)
+            monkeypatch.setattr(_addresses, "_managers", known)
         found = overheard.leaks()
         # Its counters outlive it.
         route.counters.replays = 0
-        _route._counters.clear()
+        _routes._counters.clear()
         return found
 
     assert [found for found in asyncio.run(look()) if "in status" in found]
@@ -400,12 +403,12 @@ def test_control_plane_is_asked_only_over_https_or_on_loopback(
         settings(control_plane_url=configured)
     elif configured is not None:
         address = Address(f"{configured}/", None, verify=True)
-        _control_plane.register(f"{gateway}/", Manager(lambda: address))
+        _addresses.register(f"{gateway}/", Manager(lambda: address))
     # No host but this one may be asked here.
-    fetch = mocker.patch.object(ControlPlane, "_fetch", return_value=(200, RUNNING, None))
+    fetch = mocker.patch.object(Connections, "fetch", return_value=(200, RUNNING, None))
     answer = ask(Job(gateway, "acct", "job-1"))
     assert (answer.state is JobState.RUNNING) is asked
-    assert (answer.said == NOT_ASKED) is not asked
+    assert (answer.message == NOT_ASKED) is not asked
     assert fetch.call_count == asked
     if asked:
         assert fetch.call_args.args[0].root == (configured or gateway)
@@ -417,13 +420,13 @@ def test_insecure_control_plane_of_a_manager_is_not_asked(
     monkeypatch: pytest.MonkeyPatch, overheard: Overheard, root: str
 ) -> None:
     address = Address(root, {"x-api-key": CANARY}, verify=True)
-    _control_plane.register(JOB.gateway, Manager(lambda: address))
+    _addresses.register(JOB.gateway, Manager(lambda: address))
     control_plane = ControlPlane(JOB)
 
     async def questions() -> set[str]:
         first = await control_plane.ask({})
         control_plane._flights.clear()
-        return {first.said, (await control_plane.ask({})).said}
+        return {first.message, (await control_plane.ask({})).message}
 
     assert asyncio.run(questions()) == {NOT_ASKED}
     assert control_plane.questions == 0
@@ -436,14 +439,14 @@ def test_managers_url_is_asked_without_its_credentials(
     with Listener() as listener:
         root = with_credentials(f"{listener.url}/eu/", query=True)
         address = Address(root, {"x-api-key": CANARY}, verify=True)
-        _control_plane.register(with_credentials(JOB.gateway), Manager(lambda: address))
+        _addresses.register(with_credentials(JOB.gateway), Manager(lambda: address))
         assert ask(JOB, {"X-API-Key": HEADER}).state is JobState.RUNNING
         (heard,) = listener.heard
     assert heard.startswith(b"GET /eu/v1/accounts/acct/rlorTrainerJobs/job-1 HTTP/1.1\r\n")
     assert leaks(heard) == ["the key"]
     assert overheard.requests
     # The address is as the program wrote it, and so would be shown.
-    _control_plane._managers.clear()
+    _addresses._managers.clear()
 
 
 def test_insecure_control_plane_warns_at_the_first_connect(

@@ -14,7 +14,7 @@ import pytest
 
 import tinker_routefix
 from tinker_routefix import SettingError, _settings
-from tinker_routefix._settings import Settings
+from tinker_routefix._settings import Overrides, Settings
 from tinker_routefix._switch import OFF_WORDS, ON_WORDS, parse_switch
 
 VARIABLES = {field.metadata["variable"]: field for field in dataclasses.fields(Settings)}
@@ -49,6 +49,7 @@ def test_settings_of_an_empty_environment_are_the_defaults() -> None:
         retry_budget=30,
         control_plane_url=None,
         control_plane_timeout=5,
+        log=None,
     )
 
 
@@ -69,6 +70,8 @@ def test_empty_variable_counts_as_unset(variable: str) -> None:
         ("TINKER_ROUTEFIX_MAX_REPLAYS", "1000", 1000),
         ("TINKER_ROUTEFIX_RETRY_BUDGET", "1e2", 100.0),
         ("TINKER_ROUTEFIX_RETRY_BUDGET", "86400", 86400.0),
+        ("TINKER_ROUTEFIX_LOG", " Debug ", "debug"),
+        ("TINKER_ROUTEFIX_LOG", "off", "off"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "https://api.example/v1x", "https://api.example/v1x"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "https://api.example/", "https://api.example"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_URL", "HTTPS://API.Example:443", "https://api.example"),
@@ -97,6 +100,8 @@ def test_valid_value_is_read_and_normalised(variable: str, text: str, value: obj
         ("TINKER_ROUTEFIX_MAX_DELAY", "15s"),
         ("TINKER_ROUTEFIX_RETRY_BUDGET", "half a minute"),
         ("TINKER_ROUTEFIX_CONTROL_PLANE_TIMEOUT", "0"),
+        ("TINKER_ROUTEFIX_LOG", "loud"),
+        ("TINKER_ROUTEFIX_LOG", "10"),
         ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "33"),
         ("TINKER_ROUTEFIX_WARMUP_SUCCESSES", "3000"),
         ("TINKER_ROUTEFIX_MAX_REPLAYS", "1001"),
@@ -238,7 +243,8 @@ def test_an_unknown_variable_is_an_error_where_it_is_strict(variable: str) -> No
     ended = import_it(**{variable: "a-secret", "TINKER_ROUTEFIX_STRICT": "1"})
     assert (ended.returncode, ended.stdout) == (1, "")
     last = ended.stderr.splitlines()[-1]
-    assert f"SettingError: {variable} is not a setting of tinker_routefix" in last
+    named = f"tinker_routefix.SettingError: {variable} is not a setting of tinker_routefix"
+    assert last.startswith(named)
     assert UNKNOWN[variable] in last
     assert "a-secret" not in ended.stderr
     with pytest.raises(SettingError) as caught:
@@ -249,12 +255,13 @@ def test_an_unknown_variable_is_an_error_where_it_is_strict(variable: str) -> No
 @pytest.fixture
 def unconnected(mocker: Any) -> None:
     """As in a process in which no client has connected yet."""
-    mocker.patch("tinker_routefix._route._routes", weakref.WeakKeyDictionary())
+    mocker.patch("tinker_routefix._routes._routes", weakref.WeakKeyDictionary())
 
 
 @pytest.mark.usefixtures("unconnected")
 def test_configure_changes_the_current_settings() -> None:
-    tinker_routefix.configure(retry_budget=60, control_plane_url=None, strict="no")
+    words: dict[str, Any] = {"strict": "no"}
+    tinker_routefix.configure(retry_budget=60, control_plane_url=None, **words)
     assert _settings.current().retry_budget == 60
     assert _settings.current().strict is False
 
@@ -276,8 +283,39 @@ def test_configure_with_an_invalid_value_raises_setting_error(bad: dict[str, Any
     ],
 )
 def test_configure_checks_names(name: str, suggestion: str) -> None:
+    unknown: dict[str, Any] = {name: 1}
     with pytest.raises(TypeError, match=suggestion):
-        tinker_routefix.configure(**{name: 1})
+        tinker_routefix.configure(**unknown)
+
+
+def test_configure_has_the_type_of_every_setting() -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(Settings)}
+    del fields["enabled"]
+    given = {name: hint.__forward_arg__ for name, hint in Overrides.__annotations__.items()}
+    # Its words are spelt out.
+    assert given.pop("log").startswith("Literal")
+    del fields["log"]
+    assert given == fields
+
+
+def test_exceptions_and_warnings_are_named_as_programs_find_them() -> None:
+    for one in (SettingError, tinker_routefix.RouteTimeoutError, tinker_routefix.RoutefixWarning):
+        assert f"{one.__module__}.{one.__qualname__}" == f"tinker_routefix.{one.__name__}"
+        assert getattr(tinker_routefix, one.__name__) is one
+
+
+def test_warning_at_import_points_at_the_line_that_imports(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("# the first line\nimport tinker_routefix\n")
+    ended = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "TINKER_ROUTEFIX_STRICT": "0", "TINKER_ROUTEFIX_RETRY_BUGDET": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stderr.startswith(f"{program}:2: RoutefixWarning: TINKER_ROUTEFIX_RETRY_BUGDET")
+    assert ended.stderr.endswith("import tinker_routefix\n")
 
 
 def test_settings_attributes_are_read_only() -> None:

@@ -111,3 +111,9 @@ def test_no_page_is_wider_than_the_screen(page: Any, site: str, width: int, path
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(f"{site}{path}")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_diagram_of_the_architecture_is_shown_whole_on_a_desktop(page: Any, site: str) -> None:
+    page.goto(f"{site}architecture/")
+    diagram = page.locator("pre code").filter(has_text="training program")
+    assert diagram.evaluate("code => code.scrollWidth <= code.clientWidth")

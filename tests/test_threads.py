@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tinker_routefix import _threads
+
+if TYPE_CHECKING:
+    from pytest_mock import MockerFixture
 
 
 def ours() -> list[threading.Thread]:
@@ -36,6 +38,16 @@ def test_result_and_exception_come_back() -> None:
     until_done()
 
 
+def test_system_that_starts_no_more_threads_is_an_error_like_any_other(
+    mocker: MockerFixture,
+) -> None:
+    mocker.patch.object(
+        threading.Thread, "start", side_effect=RuntimeError("can't start new thread")
+    )
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        asyncio.run(_threads.run(threading.get_ident))
+
+
 def test_busy_default_executor_does_not_hold_it_up() -> None:
     """A program may have a hundred tokenizers in it: a wait of a second took 45."""
     free = threading.Event()
@@ -54,15 +66,16 @@ def test_busy_default_executor_does_not_hold_it_up() -> None:
 
 
 def test_loop_goes_on_meanwhile() -> None:
-    async def program() -> int:
-        working = asyncio.ensure_future(_threads.run(lambda: time.sleep(0.5)))
-        ticks = 0
-        while not working.done():
-            await asyncio.sleep(0.01)
-            ticks += 1
-        return ticks
+    ticked = threading.Event()
 
-    assert asyncio.run(program()) >= 5
+    async def program() -> bool:
+        working = asyncio.ensure_future(_threads.run(lambda: ticked.wait(10)))
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+        ticked.set()
+        return await working
+
+    assert asyncio.run(program()), "it waited for the loop, which waited for it"
 
 
 def test_cancelled_waiter_is_not_told_the_outcome() -> None:
@@ -102,3 +115,15 @@ def test_loop_closed_meanwhile_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
     goes_on.set()
     until_done()
     assert not failed
+
+
+def test_work_in_the_background_is_left_undone_where_no_loop_runs() -> None:
+    """As where a coroutine is collected that was thrown away unfinished."""
+    begun: list[None] = []
+
+    async def work() -> None:
+        begun.append(None)
+
+    _threads.in_background(work)
+    assert not begun
+    assert not _threads._tasks

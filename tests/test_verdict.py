@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tinker_routefix._control_plane import JobState, Told, read_answer, state_of
 from tinker_routefix._job import Job, base_of
+from tinker_routefix._job_state import JobState, Told, read_answer, state_of
 from tinker_routefix._verdict import MAX_BODY, Verdict, is_route_not_ready, of_body
 
 # Threads of clients that other tests have left draw their own numbers meanwhile.
@@ -338,11 +338,11 @@ def test_job_knows_its_control_plane_and_its_own_urls() -> None:
     [
         (JobState.RUNNING, ["RUNNING"]),
         (
-            JobState.ON_ITS_WAY,
+            JobState.STARTING,
             ["PENDING", "CREATING", "CREATING_INPUT_DATASET", "VALIDATING", "RE_QUEUEING"],
         ),
         (
-            JobState.OVER,
+            JobState.ENDED,
             [
                 *("FAILED", "CANCELLING", "CANCELLED", "COMPLETED", "EARLY_STOPPED", "PAUSED"),
                 *("IDLE", "EXPIRED", "DELETING", "DELETING_CLEANING_UP", "DELETED", "ARCHIVED"),
@@ -431,9 +431,9 @@ def test_control_plane_status_and_body_give_what_it_tells(
 def test_every_kind_of_answer_means_a_job_state(told: Told) -> None:
     known = {
         Told.RUNNING: JobState.RUNNING,
-        Told.STARTING: JobState.ON_ITS_WAY,
-        Told.ENDED: JobState.OVER,
-        Told.GONE: JobState.OVER,
+        Told.STARTING: JobState.STARTING,
+        Told.ENDED: JobState.ENDED,
+        Told.GONE: JobState.ENDED,
     }
     assert told.state is known.get(told, JobState.UNKNOWN)
 

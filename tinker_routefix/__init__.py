@@ -12,10 +12,13 @@ from ._switch import SettingError, switched_on
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Unpack
 
-    from ._errors import may_have_been_carried_out
+    # What is in the table of seams by name only: what bundles a program has to see it.
+    from . import _clients, _connecting, _futures, _manager, _requests  # noqa: F401
+    from ._errors import RouteTimeoutError, may_have_been_carried_out
     from ._log import RoutefixWarning
+    from ._settings import Overrides
     from ._status import (
         AutoloadStatus,
         JobStatus,
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
         status,
     )
     from ._version import __version__
-    from ._warmup import RouteTimeoutError
     from .events import subscribe
 
 __all__ = [
@@ -51,7 +53,7 @@ __all__ = [
 _LAZY = {
     "AutoloadStatus": "_status",
     "JobStatus": "_status",
-    "RouteTimeoutError": "_warmup",
+    "RouteTimeoutError": "_errors",
     "RoutefixWarning": "_log",
     "SdkStatus": "_status",
     "SeamStatus": "_status",
@@ -75,27 +77,30 @@ def __getattr__(name: str) -> "Any":
 def install() -> None:
     """Patch tinker, now if it is imported and else when it is; harmless when repeated.
 
-    ``import tinker_routefix`` has done this already unless the kill switch was off, which
-    this overrules.
+    ``import tinker_routefix`` calls this, unless ``TINKER_ROUTEFIX`` switched it off; this
+    overrules that.
 
     Raises:
         SettingError: A setting in the environment is not accepted.
         RuntimeError: ``TINKER_ROUTEFIX_STRICT`` is on and this tinker does not fit.
     """
-    from . import _seams, _settings
+    from . import _patching, _settings
 
     _settings.current()
-    _seams.install()
+    _patching.install()
 
 
 def uninstall() -> None:
-    """Put tinker back exactly as it was; what waits at this moment is waited for."""
-    from . import _seams
+    """Put tinker back exactly as it was; requests that wait at this moment go on to wait.
 
-    _seams.uninstall()
+    Except for wrappers that another package has wrapped since: they stay and pass through.
+    """
+    from . import _patching
+
+    _patching.uninstall()
 
 
-def configure(**settings: "Any") -> None:
+def configure(**settings: "Unpack[Overrides]") -> None:
     """Override settings from the program, before the first client connects.
 
     Args:
@@ -111,10 +116,10 @@ def configure(**settings: "Any") -> None:
 
     from . import _settings
 
-    routes = sys.modules.get(f"{__name__}._route")
+    routes = sys.modules.get(f"{__name__}._routes")
     if routes is not None and routes.all_routes():
         raise RuntimeError("configure() comes too late: a client has connected to a trainer job")
-    _settings.put(_settings.current().replace(**settings))
+    _settings.set_current(_settings.current().replace(**settings))
 
 
 def _is_the_program() -> bool:

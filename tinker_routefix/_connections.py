@@ -2,7 +2,7 @@
 
 The gateway's replicas differ, and a kept-alive connection stays with the replica it was
 opened to. Sending a refused request again over the same connection would ask the same
-stale replica. So a client over which a 404 came is *spoiled*: the first request that needs
+stale replica. So a client over which a 404 came is *stale*: the first request that needs
 a fresh connection has it replaced in its pool, everyone else shares the replacement, and
 the retired client is closed once nobody uses it any more. With 100 requests waiting, a
 client for each of them was measured at 520 connections and a loop that stood still for 2 s;
@@ -14,35 +14,25 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from . import _log, _settings, _threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._route import Route
+    from ._clients import Pool
 
 
-class Pool(Protocol):
-    """What this module needs of a pool of an SDK's clients."""
+MARK = "_tinker_routefix"
+"""The attribute of live pools and clients that holds what is known of them: it goes with them."""
 
-    route: Route
-
-    def replacement(self) -> Callable[[], Any] | None:
-        """What makes a new client of this pool, or None where the pool's must be kept."""
-
-    def swap(self, old: Any, new: Lending) -> bool:
-        """Put a new client where the old one was; False where the pool has been closed."""
-
-    async def answers(self, client: Any) -> bool:
-        """Whether a new client's connection answers a probe."""
-
-    async def close(self, client: Any) -> None:
-        """Close a client that has been taken out of the pool."""
+UNREACHABLE_AFTER = 2.0
+"""Seconds of waiting, and so of probes, without an answer: the route is lost everywhere."""
 
 
 class _Pace:
@@ -63,60 +53,52 @@ class _Pace:
         return wait
 
 
-_closing: set[asyncio.Task[None]] = set()
-_background: set[asyncio.Task[Any]] = set()
-
-
-class Lending:
+class PooledClient:
     """One client of a pool: who uses it, and what has replaced it."""
 
     def __init__(self, client: Any, pool: Pool, pace: _Pace | None = None) -> None:
         self.client = client
         self.pool = pool
-        self.spoiled = False
-        self.successor: Lending | None = None
-        self.senders: set[asyncio.Task[Any] | None] = set()
-        """Tasks that are sending for the shim: their requests are not guarded again."""
+        self.stale = False
+        self.successor: PooledClient | None = None
+        self._reentrant_tasks: set[asyncio.Task[Any] | None] = set()
+        """Tasks that send for the shim: their requests are not guarded again."""
         self._users = 0
         self._pace = pace or _Pace()
         self._replacing: asyncio.Task[None] | None = None
 
-    def latest(self) -> Lending:
+    def latest(self) -> PooledClient:
         """This client, or what has taken its place."""
-        lending = self
-        while lending.successor is not None:
-            lending = lending.successor
-        return lending
+        pooled = self
+        while pooled.successor is not None:
+            pooled = pooled.successor
+        return pooled
 
-    async def fresh(self) -> Lending:
+    async def fresh(self) -> PooledClient:
         """A client over which no 404 has come; one replacement is made for all who ask.
 
         Where two have been made within the last second already, it is waited for the next: a
         replay over a connection that has just refused would ask the same stale replica.
         """
-        while (lending := self.latest()).spoiled:
-            if lending._replacing is None:
-                wait = lending._pace.take()
+        while (pooled := self.latest()).stale:
+            if pooled._replacing is None:
+                wait = pooled._pace.take()
                 if wait > 0:
                     await asyncio.sleep(wait)
                     continue
-                lending._replacing = asyncio.get_running_loop().create_task(
+                pooled._replacing = asyncio.get_running_loop().create_task(
                     # In a context of its own: a task keeps its context, and that what it holds.
-                    lending._replace(),
+                    pooled._replace(),
                     context=contextvars.Context(),
                 )
-            await asyncio.shield(lending._replacing)
-        return lending
+            await asyncio.shield(pooled._replacing)
+        return pooled
 
     def renew(self) -> None:
         """Have it replaced in the background, for a request that is not replayed."""
-        renewing = asyncio.get_running_loop().create_task(
-            self.fresh(), context=contextvars.Context()
-        )
-        _background.add(renewing)
-        renewing.add_done_callback(_background.discard)
+        _threads.in_background(self.fresh)
 
-    def __enter__(self) -> Lending:
+    def __enter__(self) -> PooledClient:
         """The client is in use, and must stay open meanwhile."""
         self._users += 1
         return self
@@ -125,31 +107,35 @@ class Lending:
         self._users -= 1
         self._close_if_retired()
 
+    def sends_for_the_shim(self) -> bool:
+        """Whether the running task does."""
+        return bool(self._reentrant_tasks) and asyncio.current_task() in self._reentrant_tasks
+
     async def send(self, send: Callable[[Any], Any]) -> Any:
         """Send something over this client without the shim guarding it a second time."""
         task = asyncio.current_task()
         with self:
-            self.senders.add(task)
+            self._reentrant_tasks.add(task)
             try:
                 return await send(self.client)
             finally:
-                self.senders.discard(task)
+                self._reentrant_tasks.discard(task)
 
     async def _replace(self) -> None:
         try:
             client = await self._new_client()
             if client is None:
                 # The user's own HTTP client: not ours to replace. Go on with it.
-                self.spoiled = False
+                self.stale = False
                 return
-            successor = Lending(client, self.pool, self._pace)
+            successor = PooledClient(client, self.pool, self._pace)
             if not self.pool.swap(self.client, successor):
-                self.spoiled = False
+                self.stale = False
                 await self.pool.close(client)
                 return
         except Exception as error:  # noqa: BLE001 - a connection is never worth a new error
             # Go on with the old client: it may have a stale connection, but it works.
-            self.spoiled = False
+            self.stale = False
             _log.own_failure("opening a fresh connection", error, strict=_settings.current().strict)
             return
         finally:
@@ -170,6 +156,10 @@ class Lending:
         client = await _threads.run(make)
         if await self.pool.answers(client):
             return client
+        route = self.pool.route
+        if route.waiters.count and time.monotonic() - route.answered_at > UNREACHABLE_AFTER:
+            # No replica knows the route: a second connection would be one more for nothing.
+            return client
         _close_later(self.pool, client)
         client = await _threads.run(make)
         await self.pool.answers(client)
@@ -181,13 +171,7 @@ class Lending:
 
 
 def _close_later(pool: Pool, client: Any) -> None:
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:  # its last use ended where a coroutine was collected: on no loop
-        return
-    closing = loop.create_task(_close(pool, client), context=contextvars.Context())
-    _closing.add(closing)
-    closing.add_done_callback(_closing.discard)
+    _threads.in_background(functools.partial(_close, pool, client))
 
 
 async def _close(pool: Pool, client: Any) -> None:

@@ -1,39 +1,108 @@
-"""What was met and done for one job, in numbers."""
+"""What has happened on the route to one job, in numbers: made of its events alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from typing import TYPE_CHECKING
+
+from . import events
+
+if TYPE_CHECKING:
+    from ._job import Job
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, weakref_slot=True)
 class Counters:
-    """What the shim has met and done for one job; only ever growing."""
+    """The numbers of one job, as :class:`~tinker_routefix.JobStatus` shows and explains them."""
 
     refused: int = 0
-    """404s of the gateway, or of unknown origin, met by the program's requests and warm-ups."""
     questions: int = 0
-    """Questions put to the control plane."""
     probes: int = 0
-    """Requests of our own: warm-up and light prober."""
     replays: int = 0
     recovered: int = 0
-    """Requests that were refused and got through in the end."""
     given_up: int = 0
-    """Requests that were refused until their budget was spent."""
     uncertain: int = 0
-    """Requests that were not replayed because an earlier try may have been carried out."""
     failed_fast: int = 0
-    """Requests that were handed their 404 because the control plane did not say RUNNING."""
     cancelled: int = 0
-    """Requests that the program itself gave up while they waited."""
     telemetry_dropped: int = 0
-    """Telemetry batches of a job that is gone, dropped instead of re-sent."""
     longest_wait: float = 0.0
-    """From a request's first 404 to its end, or for a warm-up that met one."""
     warmups: int = 0
     warmup_seconds: float = 0.0
-    """Time that creating training clients spent on warming up, all together."""
     last_intervention: float | None = None
-    """When a 404 was last met (seconds since the epoch)."""
-    cure: str | None = None
-    """The cure that the gateway was seen to have: see :class:`._verdict.Cure`."""
+    gateway_fix: str | None = None
+
+    def add(self, event: events.Event) -> None:
+        """Count one event of the job's."""
+        match event:
+            case events.Refused():
+                self.refused += 1
+                self.last_intervention = event.at
+            case events.ProbesSent():
+                self.probes += event.number
+            case events.Replayed():
+                self.replays += 1
+            case events.QuestionAsked():
+                self.questions += 1
+            case events.Recovered():
+                self.recovered += 1
+                self._wait_ended(event.seconds)
+            case events.FailedFast():  # a GivenUp as well
+                self.failed_fast += 1
+                self._wait_ended(event.seconds)
+            case events.GivenUp():
+                self.given_up += 1
+                self._wait_ended(event.seconds)
+            case events.Uncertain():
+                self.uncertain += 1
+                self._wait_ended(event.seconds)
+            case events.Cancelled():
+                self.cancelled += 1
+            case events.TelemetryDropped():
+                self.telemetry_dropped += 1
+            case events.WarmupStarted():
+                self.warmups += 1
+            case events.WarmupEnded():
+                self.warmup_seconds += event.seconds
+                if event.refused:
+                    self._refused_warmup_ended(event)
+            case events.FixSeen():
+                self.gateway_fix = event.fix
+
+    def _refused_warmup_ended(self, event: events.WarmupEnded) -> None:
+        self.recovered += event.outcome == "warm"
+        self.given_up += event.outcome == "timeout"
+        self.failed_fast += event.outcome == "job ended"
+        self.cancelled += event.outcome == "cancelled"
+        if event.outcome != "cancelled":
+            self._wait_ended(event.seconds)
+
+    def _wait_ended(self, seconds: float) -> None:
+        self.longest_wait = max(self.longest_wait, seconds)
+
+
+_fed: weakref.WeakValueDictionary[tuple[str, str], Counters] = weakref.WeakValueDictionary()
+"""By gateway and job, as events name them. Who shows them keeps them alive."""
+
+
+def feed(job: Job, counters: Counters | None = None) -> Counters:
+    """Have the events of a job counted, by new counters or by these."""
+    counters = counters or Counters()
+    _fed[job.gateway, str(job)] = counters
+    return counters
+
+
+def of(job: Job) -> Counters:
+    """The counters of a job, wherever they are; new ones if there are none."""
+    return _fed.get((job.gateway, str(job))) or feed(job)
+
+
+def count(event: events.Event) -> None:
+    """Count an event, wherever its job's counters are."""
+    counters = _fed.get((event.gateway, event.job))
+    if counters is not None:
+        counters.add(event)
+
+
+# Every fact is counted by way of its event.
+events.listen(count)

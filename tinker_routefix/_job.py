@@ -46,6 +46,12 @@ def base_of(url: str) -> str | None:
     return f"{parts.scheme}://{netloc}{parts.path.rstrip('/')}"
 
 
+def origin_of(url: str) -> str | None:
+    """Scheme, host and port of a URL, and nothing else of it; None for any other text."""
+    base = base_of(url)
+    return None if base is None else "/".join(base.split("/")[:3])
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
     """A trainer job behind a gateway."""

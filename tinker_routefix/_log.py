@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import time
 import traceback
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import TextIO
+
+_PACKAGE = globals().get("__file__", "?").removesuffix("_log.py")
 
 logger = logging.getLogger("tinker_routefix")
 logger.addHandler(logging.NullHandler())
@@ -21,6 +29,8 @@ logger.addHandler(logging.NullHandler())
 
 class RoutefixWarning(RuntimeWarning):
     """The shim cannot do what it was installed for, and has stepped aside."""
+
+    __module__ = __package__
 
 
 class RateLimit:
@@ -44,8 +54,28 @@ class RateLimit:
 def event(
     level: int, name: str, text: str, *, limit: RateLimit | None = None, **fields: Any
 ) -> None:
-    """Log one event: its name, a sentence, and its fields in ``extra``."""
-    if not logger.isEnabledFor(level):
+    """Log one event: its name, a sentence, and its fields in ``extra``.
+
+    Where the program has not configured logging, it may be printed instead.
+    """
+    _emit(level, name, text, limit, fields, printed=_is_printed(level, name))
+
+
+def is_wanted(level: int, name: str) -> bool:
+    """Whether anyone gets to see a line: what it says may be costly to make."""
+    return logger.isEnabledFor(level) or _is_printed(level, name)
+
+
+def _emit(
+    level: int,
+    name: str,
+    text: str,
+    limit: RateLimit | None,
+    fields: dict[str, Any],
+    *,
+    printed: bool = False,
+) -> None:
+    if not (printed or logger.isEnabledFor(level)):
         return
     if limit is not None:
         skipped = limit.skipped(name)
@@ -53,20 +83,99 @@ def event(
             return
         if skipped:
             fields["skipped"] = skipped
-            text = f"{text} ({skipped} more like this were not logged)"
+            lines = "line" if skipped == 1 else "lines"
+            text = f"{text} ({skipped} similar {lines} suppressed)"
+    if printed:
+        _print(text)
+        return
     extra = {f"routefix_{key}": value for key, value in fields.items()}
     # A handler or filter of the program's that raises must not end a request of its run.
     with contextlib.suppress(Exception):
         logger.log(level, "%s: %s", name, text, extra={"routefix_event": name, **extra})
 
 
+# --- Where the program has not configured logging ----------------------------------------
+
+SPOKEN = frozenset(
+    {"route.waiting", "route.wait_over", "process.waiting", "program.step_repeated", "shim.failed"}
+)
+"""What is printed unless ``TINKER_ROUTEFIX_LOG`` says otherwise: what no exception tells."""
+
+
+def _is_printed(level: int, name: str) -> bool:
+    """Whether a line goes to stderr, because nobody else would show it."""
+    from . import _settings  # which imports this module
+
+    word = _settings.current().log
+    if word is None:
+        wanted = name in SPOKEN
+    else:
+        wanted = word != "off" and level >= logging.getLevelNamesMapping()[word.upper()]
+    # A logger that was disabled, or raised above WARNING, has been configured for silence.
+    return wanted and logger.isEnabledFor(max(level, logging.WARNING)) and not _has_handler()
+
+
+def _has_handler() -> bool:
+    """Whether a handler of the program's gets what the logger is given."""
+    up: logging.Logger | None = logger
+    while up is not None:
+        if any(not isinstance(handler, logging.NullHandler) for handler in up.handlers):
+            return True
+        up = up.parent if up.propagate else None
+    return False
+
+
+def _print(text: str) -> None:
+    """Write a line to stderr, in one piece; never raises."""
+    stderr = sys.stderr
+    # There may be none, it may be closed, or nobody reads what it leads to.
+    with contextlib.suppress(Exception):
+        line = text.encode("ascii", "backslashreplace").decode()
+        stderr.write(f"{_new_line(stderr)}tinker_routefix: {line}\n")
+        stderr.flush()
+
+
+def _new_line(stderr: TextIO) -> str:
+    """What begins a new line on a terminal where a progress bar may have left an unfinished one.
+
+    So many blanks as a line has: from its beginning they fill it and the cursor stays on it; from
+    anywhere else they lead to the next one. The bar stays, and there is no empty line.
+    """
+    if not stderr.isatty():
+        return ""
+    try:
+        return " " * os.get_terminal_size(stderr.fileno()).columns + "\r"
+    except (OSError, ValueError):  # as in a notebook: it has no file
+        return ""
+
+
 def warn(name: str, message: str, **fields: Any) -> None:
     """One log line and one :class:`RoutefixWarning`, without ever raising."""
-    event(logging.WARNING, name, message, **fields)
+    # Where logging is not configured, Python prints the warning.
+    _emit(logging.WARNING, name, message, None, fields)
     # `-W error`: the log line has been written, and neither an import nor tinker's loop is a
     # place to raise.
-    with contextlib.suppress(RoutefixWarning):
-        warnings.warn(message, RoutefixWarning, stacklevel=2)
+    with contextlib.suppress(Exception):
+        warn_the_program(message)
+
+
+def warn_the_program(message: str) -> None:
+    """Raise a :class:`RoutefixWarning` at the program's own line, if one leads here.
+
+    Raises:
+        RoutefixWarning: Warnings are errors.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    outermost = frame
+    while frame is not None:  # pragma: no branch - ends in threads that coverage does not see
+        outermost = frame
+        if not frame.f_code.co_filename.startswith((_PACKAGE, "<frozen importlib")):
+            break
+        frame = frame.f_back
+    assert outermost is not None
+    registry = outermost.f_globals.setdefault("__warningregistry__", {})
+    where = outermost.f_code.co_filename, outermost.f_lineno
+    warnings.warn_explicit(message, RoutefixWarning, *where, registry=registry)
 
 
 _own_failures = RateLimit(seconds=60.0)

@@ -10,62 +10,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import os
-import threading
 import time
-import weakref
-from collections import OrderedDict, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import _report
-from ._control_plane import ControlPlane, JobState
-from ._counters import Counters
+from . import _counters, events
+from ._job_state import JobState
 from ._log import RateLimit
-from ._submissions import RaisedSteps
+from ._raised import RaisedSteps
+from ._voice import Voice
+from ._waiters import Waiters
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from ._control_plane import ControlPlane
+    from ._counters import Counters
     from ._job import Job
     from ._verdict import Cure
+    from ._voice import Waiter
 
-DRAIN = 30.0
+_E = TypeVar("_E", bound=events.Event)
+
+TELEMETRY_DRAIN_TIMEOUT = 30.0
 """Seconds that tinker before 0.38 holds a fatal exception back while telemetry is refused."""
-
-REMEMBERED = 256
-"""Jobs whose counters are kept when no client uses them any more."""
-
-AT_ONCE = 4
-"""Requests that stop waiting in one turn of the event loop. Making and sending one again takes
-up to a millisecond: with 1,000 at once, the loop was measured to stand still for 3 s."""
-
-
-class ConnectBudget:
-    """How long one client may wait for the route while it connects.
-
-    A service client (config, token, session) has one, and so has each training client (the
-    checkpoint's weights_info, model, warm-up). It runs from the first 404, and no other client
-    makes it longer or shorter.
-    """
-
-    def __init__(self) -> None:
-        self._began: float | None = None
-        self.ended = False
-        """Connecting is over; what was started meanwhile and goes on is something else."""
-
-    def start(self) -> None:
-        """Note that a 404 was received."""
-        if self._began is None:
-            self._began = time.monotonic()
-
-    def left(self, budget: float) -> float:
-        """Seconds that are left of a budget."""
-        return budget if self._began is None else budget - (time.monotonic() - self._began)
-
-    @property
-    def used(self) -> bool:
-        """Whether a 404 was received."""
-        return self._began is not None
 
 
 class Route:
@@ -76,14 +43,18 @@ class Route:
     ) -> None:
         self.job = job
         self.control_plane = control_plane
-        self.counters = counters or Counters()
-        self.limit = RateLimit(seconds=5.0)
+        self.counters = _counters.feed(job, counters)
+        self.log_rate_limit = RateLimit(seconds=5.0)
+        self.voice = Voice(job)
         self.raised = RaisedSteps()
+        self.waiters = Waiters()
+        self.connected = False
+        """It has been told that a client leads here."""
         self.warm = False
         """A warm-up has succeeded, and the job has not been said to have ended since."""
         self.model_id: str | None = None
         self.given_up = False
-        """A program was handed a 404 and nothing has come through since."""
+        """A 404 was raised to the program and nothing has come through since."""
         self._given_up_at = float("-inf")
         self.answered_at = float("-inf")
         self.proven_at = float("-inf")
@@ -91,56 +62,52 @@ class Route:
         self.last_probe = float("-inf")
         self.probe_refused_at = float("-inf")
         """When a probe beside a request last got a 404: what has failed since failed with it."""
-        self._troubled = 0
-        self._sleepers: set[asyncio.Future[None]] = set()
-        self._paced = 0
-        self._leaving: deque[asyncio.Future[None]] = deque()
+        self._open_incidents = 0
         self._prober: asyncio.Task[None] | None = None
 
     @property
-    def over(self) -> bool:
-        """The control plane has said that the job is over, and the pod has not answered since.
+    def job_ended(self) -> bool:
+        """The control plane has said that the job has ended, and the pod has not answered since.
 
         A job that is resumed shows its old state for a while.
         """
         last = self.control_plane.last_answer
-        return last.state is JobState.OVER and last.at > self.proven_at
+        return last.state is JobState.ENDED and last.answered_at > self.proven_at
 
     @property
-    def watched(self) -> bool:
-        """An answer would be news to someone."""
-        return self._troubled > 0 or self.given_up
+    def needs_notice(self) -> bool:
+        """Whether a success must be reported: a request waits, or one was given up on."""
+        return self._open_incidents > 0 or self.given_up
 
     @property
-    def drained(self) -> bool:
+    def drops_telemetry(self) -> bool:
         """A program may be waiting for telemetry before it gets its 404.
 
         Also where another client has got through meanwhile: replicas differ.
         """
-        return self.given_up or time.monotonic() - self._given_up_at < DRAIN
+        return self.given_up or time.monotonic() - self._given_up_at < TELEMETRY_DRAIN_TIMEOUT
 
-    @property
-    def sleepers(self) -> int:
-        """How many requests wait for the route at this moment."""
-        return len(self._sleepers) + self._paced
+    def publish(self, kind: Callable[..., _E], **facts: Any) -> _E:
+        """Publish an event of this job's, and return it; its log lines are limited in rate."""
+        event = kind(job=str(self.job), gateway=self.job.gateway, **facts)
+        events.publish(event, limit=self.log_rate_limit)
+        return event
 
-    def refused(self) -> None:
-        """Note that the program, or a warm-up in its place, met a 404 that is not the pod's."""
-        self.counters.refused += 1
-        self.counters.last_intervention = time.time()
-        _report.at_exit()
+    def record_404(self, request: str, replays: int) -> None:
+        """Note that the program, or a warm-up in its place, got a 404 that is not the pod's."""
+        self.publish(events.Refused, request=request, replays=replays)
 
-    def show(self, cure: Cure) -> None:
+    def record_fix(self, cure: Cure) -> None:
         """Note that the gateway was seen to tell a stale route from a job that is gone."""
-        self.counters.cure = cure.value
-        _report.at_exit()
+        self.publish(events.FixSeen, fix=cure.value)
 
-    def give_up(self) -> None:
-        """Note that the program is handed a 404."""
+    def record_failure(self, waiter: Waiter) -> None:
+        """Note that a 404 is raised to the program."""
+        self.voice.end(waiter, "given up")
         self.given_up = True
         self._given_up_at = time.monotonic()
 
-    def answered(self, *, proof: bool) -> None:
+    def mark_reachable(self, *, proof: bool) -> None:
         """Note that something came through the route, and release all who wait for it.
 
         Args:
@@ -151,23 +118,24 @@ class Route:
         if proof:
             self.proven_at = self.answered_at
         self.given_up = False
-        for sleeper in self._sleepers:
-            self._leave(sleeper)
-        self._sleepers.clear()
+        self.waiters.release()
 
     @contextlib.contextmanager
     def incident(self) -> Iterator[None]:
         """A request has been refused and is not through yet."""
-        self._troubled += 1
+        self._open_incidents += 1
+        self.control_plane.connections.keeps = True
         try:
             yield
         finally:
-            self._troubled -= 1
-            if not self._troubled and self._prober is not None:
-                self._prober.cancel()
-                self._prober = None
+            self._open_incidents -= 1
+            if not self._open_incidents:
+                self.control_plane.connections.let_go()
+                if self._prober is not None:
+                    self._prober.cancel()
+                    self._prober = None
 
-    async def pause(
+    async def wait_until_reachable(
         self,
         seconds: float,
         *,
@@ -175,7 +143,7 @@ class Route:
         not_before: float,
         probe: Callable[[], Awaitable[None]],
     ) -> bool:
-        """Wait until the route is seen to answer, or for ``seconds``.
+        """Wait until the route works again, or for ``seconds``.
 
         Args:
             seconds: The longest wait.
@@ -195,128 +163,12 @@ class Route:
             )
         ends = time.monotonic() + seconds
         if self.answered_at < since:
-            sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._sleepers.add(sleeper)
-            timer = self._wake(sleeper, seconds)
-            try:
-                await sleeper
-            finally:
-                timer.cancel()
-                self._sleepers.discard(sleeper)
-        early = self.answered_at >= since
-        if early:
-            # It counts as a waiter still: were there no probes meanwhile, probes and replays would
-            # take turns, and behind a balancer that does so too meet the same replicas for ever.
-            self._paced += 1
-            try:
-                await self.rest(min(not_before, ends) - time.monotonic())
-            finally:
-                self._paced -= 1
-        return early
-
-    async def rest(self, seconds: float) -> None:
-        """Wait for so long, whatever happens on the route."""
-        sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        timer = self._wake(sleeper, seconds)
-        try:
-            await sleeper
-        finally:
-            timer.cancel()
-
-    async def turn(self) -> None:
-        """Wait for one's turn among all requests that go on at this moment."""
-        sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._leave(sleeper)
-        await sleeper
-
-    def _wake(self, sleeper: asyncio.Future[None], seconds: float) -> asyncio.TimerHandle:
-        """Let a sleeper go after some seconds, in its turn."""
-        loop = asyncio.get_running_loop()
-        return loop.call_later(max(seconds, 0.0), self._leave, sleeper)
-
-    def _leave(self, sleeper: asyncio.Future[None]) -> None:
-        if not self._leaving:
-            asyncio.get_running_loop().call_soon(self._let_go)
-        self._leaving.append(sleeper)
-
-    def _let_go(self) -> None:
-        let_go = 0
-        while self._leaving and let_go < AT_ONCE:
-            sleeper = self._leaving.popleft()
-            if not sleeper.done():
-                sleeper.set_result(None)
-                let_go += 1
-        if self._leaving:
-            asyncio.get_running_loop().call_soon(self._let_go)
+            await self.waiters.wait(seconds)
+        if self.answered_at < since:
+            return False
+        await self.waiters.pace(min(not_before, ends) - time.monotonic())
+        return True
 
 
 async def _run(probe: Callable[[], Awaitable[None]]) -> None:
     await probe()
-
-
-_lock = threading.Lock()
-_routes: weakref.WeakKeyDictionary[
-    asyncio.AbstractEventLoop, weakref.WeakValueDictionary[Job, Route]
-] = weakref.WeakKeyDictionary()
-"""Those that a client uses; a route goes with the last pool of clients that leads to it."""
-_counters: OrderedDict[Job, Counters] = OrderedDict()
-"""By job, the last used one last. They outlive the routes: that a process has not needed the shim
-for a month is what its removal is decided by."""
-
-
-def route_to(job: Job) -> Route:
-    """The running loop's route to a job; made when it is first asked for."""
-    loop = asyncio.get_running_loop()
-    with _lock:
-        routes = _routes.setdefault(loop, weakref.WeakValueDictionary())
-        route = routes.get(job)
-        if route is None:
-            counters = _counters.setdefault(job, Counters())
-            _counters.move_to_end(job)
-            route = routes[job] = Route(job, ControlPlane(job, counters), counters)
-            _forget_unused()
-        return route
-
-
-def _forget_unused() -> None:
-    used = {job for routes in _routes.values() for job in routes}
-    for job in [job for job in _counters if job not in used][:-REMEMBERED]:
-        dropped = _counters.pop(job).last_intervention
-        # Not when the process last needed the shim.
-        if dropped is not None:
-            _dropped.last_intervention = max(_dropped.last_intervention or 0.0, dropped)
-
-
-_dropped = Counters()
-"""What is left of counters that were dropped."""
-
-
-def all_routes() -> list[Route]:
-    """Every route that any loop of this process has."""
-    with _lock:
-        return [route for routes in _routes.values() for route in routes.values()]
-
-
-def all_counters() -> dict[Job, Counters]:
-    """What was met and done for each job, also for those that no client uses any more."""
-    with _lock:
-        return dict(_counters)
-
-
-def last_intervention() -> float | None:
-    """When any job last needed help (seconds since the epoch); None: never."""
-    moments = [one.last_intervention for one in (*all_counters().values(), _dropped)]
-    return max((moment for moment in moments if moment is not None), default=None)
-
-
-def _forget() -> None:
-    """In a forked child: neither the parent's loops nor its lock live on."""
-    global _lock, _routes, _counters, _dropped
-    _lock = threading.Lock()
-    _routes = weakref.WeakKeyDictionary()
-    _counters = OrderedDict()
-    _dropped = Counters()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)

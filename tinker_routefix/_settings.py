@@ -14,12 +14,11 @@ import math
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict
 from urllib.parse import urlsplit
 
-from ._log import RoutefixWarning
+from ._log import RoutefixWarning, warn_the_program
 from ._switch import AUTOLOAD, KILL_SWITCH, SettingError, parse_switch
 
 Parser = Callable[[str, Any], Any]
@@ -114,28 +113,20 @@ def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"the settings are {', '.join(names.values())}"
 
 
-class UnknownSettingError(SettingError):
-    """A variable has the shim's prefix and is not a setting."""
-
-    def __init__(self, name: str, message: str) -> None:
-        # Its value is not repeated: nobody knows what it is.
-        ValueError.__init__(self, message)
-        self.name, self.value, self.expected = name, None, "a setting"
-
-
 def _unknown(variable: str, known: Iterable[str], *, strict: bool) -> None:
     message = (
         f"{variable} is not a setting of tinker_routefix and has no effect: "
         f"{_did_you_mean(variable, known, _PREFIX)}"
     )
     if strict:
-        raise UnknownSettingError(variable, message)
+        # Its value is not repeated: nobody knows what it is.
+        raise SettingError(variable, None, "a setting", message)
     _warn(message)
 
 
 def _warn(message: str) -> None:
     try:
-        warnings.warn(message, RoutefixWarning, stacklevel=2)
+        warn_the_program(message)
     except RoutefixWarning:
         # `-W error`: an import is no place to raise, and logging is not configured yet.
         if sys.stderr is not None:
@@ -144,6 +135,16 @@ def _warn(message: str) -> None:
 
 def _setting(default: Any, parse: Parser, variable: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "variable": variable})
+
+
+LOG_WORDS = ("debug", "info", "warning", "off")
+
+
+def _log_word(name: str, value: Any) -> str:
+    word = str(value).strip().lower()
+    if word not in LOG_WORDS:
+        raise SettingError(name, value, f"one of {', '.join(LOG_WORDS)}")
+    return word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,9 @@ class Settings:
     """
     control_plane_timeout: float = _setting(5.0, _seconds, "TINKER_ROUTEFIX_CONTROL_PLANE_TIMEOUT")
     """How long the control plane may take to answer, from connecting to the last byte."""
+    log: str | None = _setting(None, _log_word, "TINKER_ROUTEFIX_LOG")
+    """What is printed on stderr where the program has not configured logging: this level and
+    above, or nothing; default: long waits and their end, and what no exception tells."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -223,6 +227,22 @@ class Settings:
         return dataclasses.replace(self, **overrides)
 
 
+class Overrides(TypedDict, total=False):
+    """What ``configure()`` takes: all settings but ``enabled``. Durations are in seconds."""
+
+    strict: bool
+    warmup_successes: int
+    warmup_timeout: float
+    warmup_max_delay: float
+    max_replays: int
+    base_delay: float
+    max_delay: float
+    retry_budget: float
+    control_plane_url: str | None
+    control_plane_timeout: float
+    log: Literal["debug", "info", "warning", "off"] | None
+
+
 _current: Settings | None = None
 
 
@@ -234,7 +254,7 @@ def current() -> Settings:
     return _current
 
 
-def put(settings: Settings) -> None:
+def set_current(settings: Settings) -> None:
     """Put other settings in force."""
     global _current
     _current = settings

@@ -12,16 +12,29 @@ import os
 import site
 import sys
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from . import _seams, _settings, _switch
+from . import _patching, _seams, _settings, _switch
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._patching import SeamStateName
     from ._route import Route
 
 _STARTUP_FILE = "tinker_routefix"
 _STARTUP_MODULE = "_tinker_routefix_autoload"
+
+
+SdkState = Literal[
+    "patched",
+    "not imported",
+    "does not fit",
+    "replaced",
+    "not installed",
+    "not in this release",
+    "cannot be imported",
+]
+RouteState = Literal["connecting", "warm", "waiting", "given up", "unused"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,23 +42,28 @@ class SdkStatus:
     """Something that the shim patches: which release is there, and whether it is patched."""
 
     name: str
+    """What it is called in messages."""
     distribution: str
+    """The package on PyPI."""
     release: str | None
-    """None: not installed, or without metadata."""
-    state: str
-    """``patched``, ``not imported``, ``does not fit`` or ``replaced``: a seam of it is."""
+    """Its version; None: not installed, or without metadata."""
+    state: SdkState
+    """``patched``, ``not imported``, ``does not fit`` or ``replaced``: one of its patched
+    functions is. The command ``tinker-routefix status`` also knows ``not installed``, ``not in
+    this release`` and ``cannot be imported``."""
     detail: str | None
-    """Why it does not fit."""
+    """Why it does not fit, or cannot be imported."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SeamStatus:
-    """One seam: where it is, and what stands there now."""
+    """One seam (patched function): where it is, and what stands there now."""
 
     name: str
     """Module and attribute."""
     purpose: str
-    state: str
+    """What it is patched for."""
+    state: SeamStateName
     """One of ``not loaded``, ``original``, ``ours``, ``ours, under another wrapper``,
     ``replaced``, ``absent``."""
 
@@ -55,9 +73,12 @@ class SettingStatus:
     """One setting, and where its value came from."""
 
     name: str
+    """As in ``configure()``."""
     variable: str
+    """The environment variable."""
     value: Any
-    source: str
+    """The value in force; durations in seconds."""
+    source: Literal["default", "environment", "configure()"]
     """``default``, ``environment`` or ``configure()``."""
 
 
@@ -65,7 +86,7 @@ class SettingStatus:
 class AutoloadStatus:
     """The zero-line way, as this interpreter has it."""
 
-    requested: str
+    requested: Literal["on", "off", "refused", "unset"]
     """What ``TINKER_ROUTEFIX_AUTOLOAD`` says: ``on``, ``off``, ``refused`` or ``unset``."""
     file: str | None
     """The file that this interpreter reads at its start; None: not in place."""
@@ -75,35 +96,46 @@ class AutoloadStatus:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One job's route and what has been met on it; durations in seconds."""
+    """One job's route and what has happened on it since the process began."""
 
     account: str
+    """The account's name."""
     name: str
+    """The job's name."""
     gateway: str
-    route: str
+    """The gateway's URL, up to ``/training``; never a user name."""
+    route: RouteState
     """``connecting``, ``warm``, ``waiting`` (a request waits for it), ``given up``, or ``unused``:
     no client of this process leads to it any more."""
     refused: int
-    """404s of the gateway, or of unknown origin, met by the program's requests and warm-ups."""
+    """How many 404s of the gateway, or of unknown origin, requests and warm-ups got."""
     questions: int
-    """Questions put to the control plane."""
+    """How many questions the control plane was asked."""
     probes: int
-    """Requests of the shim's own."""
+    """How many requests of its own the shim has sent."""
     replays: int
+    """How many times a refused request was sent again."""
     recovered: int
+    """How many requests and warm-ups got a 404 and then got through."""
     given_up: int
+    """How many timed out: the caller got the 404."""
     uncertain: int
-    """Requests that were not replayed because an earlier try may have been carried out."""
+    """How many requests were not replayed because an earlier try may have been carried out."""
     failed_fast: int
+    """How many got their 404 at once, because the control plane did not say RUNNING."""
     cancelled: int
+    """How many the program itself stopped waiting for."""
     telemetry_dropped: int
+    """How many batches of telemetry were dropped instead of sent again."""
     longest_wait: float
-    """From a request's first 404 to its end, or for a warm-up that met one."""
+    """The longest time from a first 404 to the end of the request or warm-up, in seconds."""
     warmups: int
+    """How many training clients were created with a warm-up."""
     warmup_seconds: float
+    """How long their warm-ups took together, in seconds."""
     last_intervention: float | None
-    """When a 404 was last met, in seconds since the epoch; None: never needed."""
-    cure: str | None
+    """When the last 404 was received, a Unix timestamp in seconds; None: never."""
+    gateway_fix: str | None
     """``503 route_not_ready`` where the gateway was seen to tell a stale route from a job that is
     gone; None: it was not."""
 
@@ -113,23 +145,33 @@ class Status:
     """The shim in this process."""
 
     version: str
+    """Of tinker_routefix."""
     active: bool
     """Whether the wrappers are in force."""
     reason: str
     """Why it is active or not, in a sentence."""
     seams: tuple[SeamStatus, ...]
+    """The functions that are patched, in all SDKs."""
     jobs: tuple[JobStatus, ...]
+    """The jobs that clients of this process have connected to; 256 at most of those that none uses
+    any more."""
+    left_alone: tuple[str, ...]
+    """Origins of the last clients that the shim leaves alone, because their URLs are no trainer
+    job's route; eight at most."""
     sdks: tuple[SdkStatus, ...]
+    """The SDKs that can be patched."""
     settings: tuple[SettingStatus, ...]
+    """The settings in force, and where each came from."""
     autoload: AutoloadStatus
+    """Whether a startup file loads the shim."""
     last_intervention: float | None
-    """When any job last needed help, in seconds since the epoch; None: never. Also of jobs that
+    """When any job last needed help, a Unix timestamp in seconds; None: never. Also of jobs that
     are not listed any more."""
 
 
 def status() -> Status:
     """The shim's state in this process; safe to call from any thread at any time."""
-    states = _seams.states()
+    states = _patching.states()
     active, reason = _in_force()
     return Status(
         version=__version__,
@@ -140,6 +182,7 @@ def status() -> Status:
             for _, seam, state in states
         ),
         jobs=_jobs(),
+        left_alone=_left_alone(),
         sdks=tuple(
             _sdk(sdk, {state for other, _, state in states if other is sdk}) for sdk in _seams.SDKS
         ),
@@ -157,15 +200,15 @@ def _release(distribution: str) -> str | None:
         return None
 
 
-def _sdk(sdk: _seams.Sdk, standing: set[_seams.SeamState]) -> SdkStatus:
-    state = _seams.SeamState
-    misfit = _seams.misfit(sdk)
+def _sdk(sdk: _seams.Sdk, standing: set[_patching.SeamState]) -> SdkStatus:
+    state = _patching.SeamState
+    misfit = _patching.incompatibility(sdk)
     if misfit is not None:
-        word = "does not fit"
+        word: SdkState = "does not fit"
     elif state.REPLACED in standing:
         word = "replaced"
     else:
-        word = "patched" if standing <= {state.OURS, state.BURIED} else "not imported"
+        word = "patched" if standing <= {state.OURS, state.WRAPPED_OVER} else "not imported"
     return SdkStatus(sdk.name, sdk.distribution, _release(sdk.distribution), word, misfit)
 
 
@@ -182,7 +225,9 @@ def _settings_in_force() -> tuple[SettingStatus, ...]:
     )
 
 
-def _source(field: dataclasses.Field[Any], value: Any) -> str:
+def _source(
+    field: dataclasses.Field[Any], value: Any
+) -> Literal["default", "environment", "configure()"]:
     variable = field.metadata["variable"]
     text = os.environ.get(variable, "").strip()
     try:
@@ -196,7 +241,8 @@ def _source(field: dataclasses.Field[Any], value: Any) -> str:
 def _autoload() -> AutoloadStatus:
     text = os.environ.get(_switch.AUTOLOAD, "").strip()
     try:
-        requested = "on" if text and _switch.parse_switch(_switch.AUTOLOAD, text) else "off"
+        on = bool(text) and _switch.parse_switch(_switch.AUTOLOAD, text)
+        requested: Literal["on", "off", "refused"] = "on" if on else "off"
     except _switch.SettingError:
         requested = "refused"
     started = sys.modules.get(_STARTUP_MODULE)
@@ -224,21 +270,23 @@ def _startup_file() -> str | None:
 
 
 def _in_force() -> tuple[bool, str]:
-    state = _seams.SeamState
-    if not _seams.is_active():
+    state = _patching.SeamState
+    if not _patching.is_active():
         if not _settings.current().enabled:
             return False, f"switched off by {_switch.KILL_SWITCH}"
         return False, "uninstalled"
-    missing = _seams.unusable()
+    missing = _patching.unusable()
     if missing is not None:
         return False, f"does not fit {missing}"
-    standing: dict[str, set[_seams.SeamState]] = {}
-    for sdk, _, found in _seams.states():
+    standing: dict[str, set[_patching.SeamState]] = {}
+    for sdk, _, found in _patching.states():
         if not sdk.optional:
             standing.setdefault(sdk.name, set()).add(found)
     if any(state.REPLACED in found for found in standing.values()):
         return False, "a seam has been replaced by another package"
-    wrapped = [name for name, found in standing.items() if found <= {state.OURS, state.BURIED}]
+    wrapped = [
+        name for name, found in standing.items() if found <= {state.OURS, state.WRAPPED_OVER}
+    ]
     if wrapped:
         return True, f"all seams of {' and '.join(wrapped)} are wrapped"
     return False, "waiting for tinker to be imported"
@@ -246,10 +294,10 @@ def _in_force() -> tuple[bool, str]:
 
 def _jobs() -> tuple[JobStatus, ...]:
     # Where nothing was ever patched, nothing heavy is imported for an empty answer.
-    route = sys.modules.get(f"{__package__}._route")
-    if route is None:
+    routes = sys.modules.get(f"{__package__}._routes")
+    if routes is None:
         return ()
-    words = {one.job: _word(one) for one in route.all_routes()}
+    words = {one.job: _word(one) for one in routes.all_routes()}
     return tuple(
         JobStatus(
             account=job.account,
@@ -258,12 +306,17 @@ def _jobs() -> tuple[JobStatus, ...]:
             route=words.get(job, "unused"),
             **dataclasses.asdict(counters),
         )
-        for job, counters in route.all_counters().items()
+        for job, counters in routes.all_counters().items()
     )
 
 
-def _word(route: Route) -> str:
-    if route.sleepers:
+def _left_alone() -> tuple[str, ...]:
+    routes = sys.modules.get(f"{__package__}._routes")
+    return () if routes is None else tuple(routes.left_alone)
+
+
+def _word(route: Route) -> RouteState:
+    if route.waiters.count:
         return "waiting"
     if route.given_up:
         return "given up"
@@ -271,6 +324,6 @@ def _word(route: Route) -> str:
 
 
 def _last_intervention() -> float | None:
-    route = sys.modules.get(f"{__package__}._route")
-    moment: float | None = None if route is None else route.last_intervention()
+    routes = sys.modules.get(f"{__package__}._routes")
+    moment: float | None = None if routes is None else routes.last_intervention()
     return moment

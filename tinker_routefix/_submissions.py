@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import hashlib
-import time
-from collections import OrderedDict
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from . import _verdict
+from . import _answers, _errors, _verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    from ._job import Job
 
 _T = TypeVar("_T")
 
@@ -44,9 +43,11 @@ class Submission:
         """What still runs in its context (a task that it has started) is no try of it."""
         self._uncertain: dict[str, str] = {}
 
-    def record_try(self, path: str, outcome: httpx.Response | BaseException | None) -> None:
+    def record_try(
+        self, path: str, outcome: httpx.Response | BaseException | None, job: Job | None
+    ) -> None:
         """Note how a try has ended; an outcome that tells nothing stays noted."""
-        doubt = _doubt(outcome)
+        doubt = _doubt(outcome, job)
         if doubt is not None:
             self._uncertain.setdefault(path, doubt)
 
@@ -55,21 +56,33 @@ class Submission:
         return self._uncertain.get(path)
 
 
-def _doubt(outcome: httpx.Response | BaseException | None) -> str | None:
+def _doubt(outcome: httpx.Response | BaseException | None, job: Job | None) -> str | None:
     """Why a try may have been carried out, for a sentence; None where it surely was not."""
-    response = outcome if isinstance(outcome, httpx.Response) else None
-    if response is None:
-        response = getattr(outcome, "response", None)
+    response = outcome
+    if isinstance(outcome, BaseException):
+        response = _answers.response_of(outcome)
     if isinstance(response, httpx.Response):
         return None if _was_turned_away(response) else f"was answered HTTP {response.status_code}"
     # tinker raises an error of its own from the one of the connection.
     for error in (outcome, getattr(outcome, "__cause__", None)):
         if isinstance(error, _NEVER_CONNECTED):
-            return None
+            if job is None or not _was_redirected(error, job):
+                return None
+            break
         # ... and one for a bare 400, when the client is given back.
-        if isinstance(getattr(error, "response", None), httpx.Response):
-            return _doubt(error)
+        if isinstance(error, BaseException) and _answers.response_of(error) is not None:
+            return _doubt(error, job)
     return f"got no answer ({type(outcome).__name__})"
+
+
+def _was_redirected(error: httpx.HTTPError, job: Job) -> bool:
+    """Whether the address that could not be connected to is another one than the job's.
+
+    Who has redirected the request has had it. pyqwest follows redirects by itself and names the
+    first address, so that there it cannot be told.
+    """
+    request = getattr(error, "_request", None)
+    return request is not None and not job.owns(str(request.url))
 
 
 def _was_turned_away(response: httpx.Response) -> bool:
@@ -103,48 +116,11 @@ async def follow(call: Callable[..., Coroutine[Any, Any, _T]], *args: Any, **kwa
     token = _current.set(submission)
     try:
         return await call(*args, **kwargs)
+    except Exception as error:
+        _errors.trim(error)
+        raise
     finally:
         submission.ended = True
-        # A coroutine that is thrown away unfinished ends in another context.
+        # A collected coroutine runs this in another context, where `reset` raises.
         with contextlib.suppress(ValueError):
             _current.reset(token)
-
-
-class RaisedSteps:
-    """Submissions whose 404 was raised to the program, to notice that it submits one again.
-
-    Digests, so that no batch is kept alive; a few, and only for a while.
-    """
-
-    KEPT = 32
-    FOR = 120.0
-    """Seconds; retries around the SDK were seen to wait 30 s at most."""
-
-    def __init__(self) -> None:
-        self._raised: OrderedDict[tuple[str, bytes], float] = OrderedDict()
-
-    def __bool__(self) -> bool:
-        return bool(self._raised)
-
-    def add(self, path: str, step: bytes | None) -> None:
-        """Note a submission, by what it asks for but for its place in the order."""
-        if step is not None:
-            self._raised[path, _digest(step)] = time.monotonic()
-            while len(self._raised) > self.KEPT:
-                self._raised.popitem(last=False)
-
-    def recently(self, path: str) -> bool:
-        """Whether a submission to this path is among them, so that a closer look is worth it."""
-        oldest = time.monotonic() - self.FOR
-        for key in [key for key, at in self._raised.items() if at < oldest]:
-            del self._raised[key]
-        return any(raised == path for raised, _ in self._raised)
-
-    def seconds_since(self, path: str, step: bytes | None) -> float | None:
-        """How long ago this very submission was raised, each once; None: it was not."""
-        at = None if step is None else self._raised.pop((path, _digest(step)), None)
-        return None if at is None else time.monotonic() - at
-
-
-def _digest(step: bytes) -> bytes:
-    return hashlib.blake2b(step, digest_size=16).digest()

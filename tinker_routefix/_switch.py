@@ -17,8 +17,11 @@ OFF_WORDS = ("0", "false", "f", "no", "n", "off")
 class SettingError(ValueError):
     """A setting has a value that the shim does not accept."""
 
-    def __init__(self, name: str, value: object, expected: str) -> None:
-        super().__init__(f"{name}={value!r} is not accepted: expected {expected}")
+    # Where a program finds it, and a traceback should name it.
+    __module__ = __package__
+
+    def __init__(self, name: str, value: object, expected: str, message: str | None = None) -> None:
+        super().__init__(message or f"{name}={value!r} is not accepted: expected {expected}")
         self.name = name
         self.value = value
         self.expected = expected

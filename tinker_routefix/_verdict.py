@@ -2,16 +2,21 @@
 
 The gateway's 404 means that a route was not there: the request never reached the pod and
 can be sent again. The pod's own 404 is an answer, and none of our business. The two are
-told apart by the body; what cannot be told apart is treated like the gateway's, because
-then the control plane is asked before anything is sent again.
+told apart by the body. What cannot be told apart is tried: it is the pod's own once the same
+connection has answered a probe and refused the request three times in a row. Until then it is
+treated like the gateway's, because then the control plane is asked before anything is sent again.
 """
 
 from __future__ import annotations
 
 import enum
 import json
+import random
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 MAX_BODY = 64 * 1024
 """Bytes of a 404's body that are looked at; the gateway's has about a hundred."""
@@ -75,3 +80,36 @@ def _code(document: dict[str, Any]) -> str | None:
     error = document.get("error")
     code = error.get("code") if isinstance(error, dict) else None
     return code if isinstance(code, str) else None
+
+
+BELIEVED_AFTER = 3
+"""404s in a row, over a connection that answers probes: the pod's."""
+
+BETWEEN = 0.5
+"""Seconds between two of them, where the program's request is sent."""
+
+
+async def is_the_pods(
+    is_probe_answered: Callable[[], Awaitable[bool]],
+    is_refused: Callable[[], Awaitable[bool]],
+    pause: Callable[[float], Awaitable[None]] | None = None,
+) -> bool:
+    """Whether the 404 of a request turns out to be the pod's own.
+
+    Args:
+        is_probe_answered: Sends a probe over a connection.
+        is_refused: Sends the request over the same one; whether the 404 is again one of unknown
+            shape.
+        pause: Waits between two of them.
+    """
+    for number in range(BELIEVED_AFTER):
+        if number and pause is not None:
+            await pause(BETWEEN)
+        # A balancer that takes turns by request must not send all probes to one replica, and all
+        # tries to another.
+        for _ in range(random.choice((1, 2))):  # noqa: S311
+            if not await is_probe_answered():
+                return False
+        if not await is_refused():
+            return False
+    return True

@@ -118,7 +118,7 @@ def main(names: Sequence[str]) -> int:
         return 2
     for name in [name for name in os.environ if name.startswith("TINKER_")]:
         del os.environ[name]
-    _settings.put(_settings.Settings.from_environment())
+    _settings.set_current(_settings.Settings.from_environment())
     tinker_routefix.install()
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name in names or SHOTS:

@@ -72,6 +72,11 @@ def with_polls(submissions: tuple[str, ...]) -> tuple[str, ...]:
     return (*submissions, *(f"poll:{kind}" for kind in submissions), *polls)
 
 
+def kinds_in(phase: Phase, work: tuple[str, ...], excluding: tuple[str, ...]) -> list[str]:
+    kinds = CONNECT_KINDS if phase == "connect" else with_polls(work)
+    return [kind for kind in kinds if kind not in excluding]
+
+
 def kinds_of(*kinds: str) -> SearchStrategy[tuple[str, ...]]:
     return st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True).map(tuple)
 
@@ -120,13 +125,12 @@ def hopeless_faults(draw: DrawFn, work: tuple[str, ...]) -> list[DrawnFault]:
 
 
 @st.composite
-def plain_faults(draw: DrawFn, work: tuple[str, ...], *, probes: bool = True) -> DrawnFault:
-    """What is none of the shim's business, so many times.
-
-    Without ``probes`` it is nothing that the shim's own requests meet, too.
-    """
+def plain_faults(
+    draw: DrawFn, work: tuple[str, ...], excluding: tuple[str, ...] = ()
+) -> DrawnFault:
+    """What is none of the shim's business, so many times."""
     phase = draw(PHASES)
-    some = CONNECT_KINDS[: None if probes else -1] if phase == "connect" else with_polls(work)
+    some = kinds_in(phase, work, excluding)
     shape = draw(st.sampled_from((*PASSING, *FATAL)))
     count = draw(st.integers(1, 3))
     return DrawnFault(
@@ -273,27 +277,36 @@ def schedules(draw: DrawFn, *, restarting: bool = False) -> Schedule:
     )
 
 
+NOT_BY_NUMBER = ("get_info", "polls")
+"""What the shim sends as well; how often a session is asked for its samples."""
+
+
 @st.composite
 def repeatable(draw: DrawFn) -> Schedule:
     """One call after the other, and faults by number: the same again, request by request.
 
-    Without 404s of the gateway, or with a job that is over: the shim is to change nothing.
+    Without 404s of the gateway, or with a job that has ended: the shim is to change nothing. From
+    the first 404 on everything of that job gets one: a pod that goes on answering is proof that it
+    runs, whatever the control plane has said once.
     """
     style: Style = draw(st.sampled_from(("thread", "async")))
     program = draw(st.lists(ops(style, waits=("wait",)), min_size=1, max_size=6))
-    actor = Actor(ops=tuple(program), style=style)
+    # Of parts that are sent side by side another one may be the first that a fault strikes.
+    actor = Actor(ops=tuple(replace(op, parts=1) for op in program), style=style)
     work = submissions_of([actor])
-    faults = draw(st.lists(plain_faults(work, probes=False), max_size=2))
+    faults = draw(st.lists(plain_faults(work, NOT_BY_NUMBER), max_size=2))
     replied: tuple[Reply, ...] = ()
     if draw(st.booleans()):
         phase = draw(PHASES)
-        kinds = CONNECT_KINDS[:-1] if phase == "connect" else with_polls(work)
+        shape = draw(st.sampled_from(tuple(GATEWAY_SHAPES)))
         faults.append(
             DrawnFault(
                 phase=phase,
-                shape=draw(st.sampled_from(tuple(GATEWAY_SHAPES))),
-                kinds=draw(kinds_of(*kinds)),
+                shape=shape,
+                kinds=draw(kinds_of(*kinds_in(phase, work, NOT_BY_NUMBER))),
                 skip=draw(st.integers(0, 3)),
+                count=1,
+                then=DrawnFault(phase=phase, shape=shape),
             )
         )
         replied = (Reply(phase="connect", reply=draw(st.sampled_from(ENDED))),)

@@ -27,7 +27,7 @@ import tinker_routefix
 from tests import programs
 from tests.common import collect
 from tests.schedules.clock import faster
-from tinker_routefix import _connections, _route, _settings
+from tinker_routefix import _routes, _settings, _threads
 from tinker_routefix.lab import Exchange, Lab
 
 try:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.schedules.model import Actor, Client, Op, Schedule
+    from tinker_routefix._route import Route
 
 RATE: Final = 10.0
 """How much faster time passes."""
@@ -137,11 +138,11 @@ def _settings_for(schedule: Schedule) -> Iterator[None]:
     changed = dict(SETTINGS)
     if any(one.reply == "hang" for one in schedule.control_plane_replies):
         changed["control_plane_timeout"] = IMPATIENT
-    _settings.put(before.replace(**changed))
+    _settings.set_current(before.replace(**changed))
     try:
         yield
     finally:
-        _settings.put(before)
+        _settings.set_current(before)
 
 
 @contextlib.contextmanager
@@ -309,6 +310,8 @@ class _Stage:
             self.clients[number] = made.result(PATIENCE) if hasattr(made, "result") else made
         except BaseException as error:
             self._failed(result, error)
+            # A service that could not connect does so anew when it is used again.
+            self.attempts += 1
         self._note(result)
 
     def _service(self, client: Client) -> Any:
@@ -374,7 +377,7 @@ class _Stage:
         if client not in self.wounded:
             return False
         job = self.jobs[self.schedule.clients[client].job]
-        waits = any(route.sleepers for route in _routes(job))
+        waits = any(route.waiters.count for route in _routes_of(job))
         return not waits and not any(
             math.isnan(one.seconds) for one in self.lab.exchanges if one.job == job
         )
@@ -399,20 +402,20 @@ class _Stage:
         def left() -> list[str]:
             said = []
             for job in self.jobs:
-                for route in _routes(job):
+                for route in _routes_of(job):
                     prober = route._prober
                     asked = [one.question for one in route.control_plane._flights.values()]
                     said += [
                         f"{what} of {job}"
                         for what, there in (
-                            (f"{route.sleepers} waiters", route.sleepers),
-                            (f"{route._troubled} incidents", route._troubled),
+                            (f"{route.waiters.count} waiters", route.waiters.count),
+                            (f"{route._open_incidents} incidents", route._open_incidents),
                             ("a prober", prober is not None and not prober.done()),
                             ("a question", any(one is not None for one in asked)),
                         )
                         if there
                     ]
-            if _connections._closing or _connections._background:
+            if _threads._tasks:
                 said.append("clients being closed or opened")
             return said
 
@@ -664,8 +667,8 @@ def _call(lab: Lab, function: Callable[[], int]) -> int:
     return answers[0]
 
 
-def _routes(job: str) -> list[_route.Route]:
-    return [route for route in _route.all_routes() if route.job.name == job]
+def _routes_of(job: str) -> list[Route]:
+    return [route for route in _routes.all_routes() if route.job.name == job]
 
 
 def _tasks(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:

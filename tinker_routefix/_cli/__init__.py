@@ -49,7 +49,7 @@ def _lacks(command: str, modules: Sequence[str], extras: str) -> bool:
     missing = _missing(modules)
     if missing:
         sys.stderr.write(
-            f"The {command} needs {', '.join(missing)}: pip install 'tinker-routefix[{extras}]'\n"
+            f"The {command} needs {', '.join(missing)}: in a checkout, pip install '.[{extras}]'\n"
         )
     return bool(missing)
 
@@ -134,7 +134,7 @@ _CHECK_CODES = """\
 exit codes:
   0    healthy: the control plane says RUNNING, and the pod answered every probe
   3    racing: the route was refused while the control plane said RUNNING
-  4    gone: the job has ended or sleeps, or there is none
+  4    gone: the job has ended or is suspended, or there is none
   5    wrong key: the gateway or the control plane does not accept it
   6    unreachable: no answer from the gateway; what is at fault is named
   7    unclear: the job has not started, the control plane cannot be asked, or

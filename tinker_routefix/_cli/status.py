@@ -16,7 +16,7 @@ import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from tinker_routefix import _seams, _settings
+from tinker_routefix import _patching, _seams, _settings
 from tinker_routefix._log import RoutefixWarning
 from tinker_routefix._status import AutoloadStatus, SdkStatus, Status, status
 from tinker_routefix._switch import AUTOLOAD
@@ -25,6 +25,8 @@ from .output import Mark, Row, Screen, screen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tinker_routefix._status import SdkState
 
 ACTIVE = 0
 OFF = 3
@@ -53,9 +55,9 @@ def show(*, as_json: bool, to: Screen | None = None) -> int:
     return ACTIVE if now.active else CANNOT_HELP if enabled else OFF
 
 
-def _import_sdks() -> dict[str, tuple[str, str | None]]:
+def _import_sdks() -> dict[str, tuple[SdkState, str | None]]:
     """Import every module that has a seam; the state of each SDK that is not there to import."""
-    found: dict[str, tuple[str, str | None]] = {}
+    found: dict[str, tuple[SdkState, str | None]] = {}
     # Whatever they print has no place in our own output, and a misfit is shown there.
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore", RoutefixWarning)
@@ -79,7 +81,9 @@ def _import_sdks() -> dict[str, tuple[str, str | None]]:
     return found
 
 
-def _with_what_was_found(sdk: SdkStatus, found: dict[str, tuple[str, str | None]]) -> SdkStatus:
+def _with_what_was_found(
+    sdk: SdkStatus, found: dict[str, tuple[SdkState, str | None]]
+) -> SdkStatus:
     if sdk.name not in found or sdk.state != "not imported":
         return sdk
     state, detail = found[sdk.name]
@@ -112,7 +116,7 @@ def _say(now: Status, to: Screen) -> None:
             (seam.name, _STANDING.get(seam.state, seam.state)),
             "good" if seam.state.startswith("ours") else "dim",
         )
-        for seam, (sdk, _, _) in zip(now.seams, _seams.states(), strict=True)
+        for seam, (sdk, _, _) in zip(now.seams, _patching.states(), strict=True)
         if sdk.name in here
     ]
     if functions:

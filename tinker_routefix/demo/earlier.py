@@ -125,7 +125,7 @@ class StrategyB(StrategyA):
             self._in_a_row = 0
             self._refusals += 1
             raise
-        except Exception:  # noqa: BLE001 - the training will meet it
+        except Exception:  # noqa: BLE001 - the training will fail with it
             return True
         self._in_a_row += 1
         return self._in_a_row >= WARM_SUCCESSES

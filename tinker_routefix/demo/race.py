@@ -31,7 +31,7 @@ WORK_SECONDS: Final = 0.3
 """What an operation of the trainer takes."""
 POLL_SECONDS: Final = 0.1
 """How long a poll waits for a result: less than the work takes, so that a client polls more
-than once, and the loss of the route is met at the same point of the run every time."""
+than once, and the loss of the route comes at the same point of the run every time."""
 CHILD_SECONDS: Final = 120.0
 """After so many seconds a contender is killed and called hung."""
 
@@ -147,7 +147,7 @@ class Result:
     updates_asked: int
     saves: int
     refused: int
-    """How many 404s of the gateway were met."""
+    """How many 404s of the gateway were received."""
     duplicates: int
     """The same request executed again, as told by its sequence number."""
     out_of_order: int
@@ -261,7 +261,7 @@ class Run:
             "PYTHONIOENCODING": "utf-8",
             "TINKER_API_KEY": "tml-demo",
             "TINKER_BASE_URL": self._lab.base_url,
-            # Its requests would be met by the same 404s, and be counted.
+            # Its requests would get the same 404s, and be counted.
             "TINKER_TELEMETRY": "0",
         }
         if self._lab.ca_file is not None:

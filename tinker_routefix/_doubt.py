@@ -1,0 +1,116 @@
+"""A request whose 404 does not tell whose it is: sent over a connection that answers probes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from . import _log, _probes, _settings, _verdict, events
+from ._answers import Kind
+
+if TYPE_CHECKING:
+    from ._call import Call
+
+
+class Doubt:
+    """What has been found out of the 404 of a request.
+
+    Args:
+        call: The request.
+        error: Its 404.
+    """
+
+    def __init__(self, call: Call, error: Exception) -> None:
+        self.call = call
+        self.first = error
+        self.refused_at = self._began = time.monotonic()
+        self.sent = 0
+        """Replays over such connections."""
+        self.is_the_pods = False
+        """The 404 has turned out to be an answer of the pod's."""
+        self._cannot_probe = False
+
+    @property
+    def can_be_settled(self) -> bool:
+        """Whether there is something to find out: not where probes are refused as well."""
+        return not self._cannot_probe and self.call.route.probe_refused_at <= self.refused_at
+
+    async def send(self, *, counted: int = 0) -> Any:
+        """Send it over a connection that answers probes.
+
+        Args:
+            counted: How many of these replays have been counted already.
+
+        Raises:
+            Exception: The request's 404: the pod's, or the gateway's where it refused the probe.
+        """
+        pooled = self.call.pooled
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                send = await stack.enter_async_context(_probes.one_connection(pooled))
+            except Exception as failure:  # noqa: BLE001 - then the program's 404 is waited with
+                strict = _settings.current().strict
+                _log.own_failure("opening a connection", failure, strict=strict)
+                self._cannot_probe = True
+                raise self.first from None
+            trial = _Trial(self, send, counted)
+            believed = await _verdict.is_the_pods(
+                trial.is_probe_answered, trial.is_refused, self.call.route.waiters.sleep
+            )
+        if trial.answered:
+            return trial.answer
+        # The program's own client may have sent each over another connection.
+        self.is_the_pods = believed and not pooled.pool.has_own_http
+        raise trial.last
+
+    def publish_replay(self) -> None:
+        """Say that it is sent once more."""
+        self.call.route.publish(
+            events.Replayed,
+            request=self.call.name,
+            replays=self.sent + 1,
+            seconds=round(time.monotonic() - self._began, 3),
+        )
+
+
+class _Trial:
+    """What came back over one such connection."""
+
+    def __init__(self, doubt: Doubt, send: _probes.Send, counted: int) -> None:
+        self.answered = False
+        self.answer: Any = None
+        self.last = doubt.first
+        self._doubt = doubt
+        self._call = doubt.call
+        self._send = send
+        self._counted = counted
+
+    async def is_probe_answered(self) -> bool:
+        """Send a probe."""
+        route = self._call.route
+        if not await _probes.is_answered(route, self._send):
+            route.probe_refused_at = time.monotonic()
+            return False
+        route.publish(events.ProbesSent, number=1)
+        return True
+
+    async def is_refused(self) -> bool:
+        """Send the request; whether its 404 is again one that does not tell."""
+        if self._counted:
+            self._counted -= 1
+        else:
+            self._doubt.publish_replay()
+        self._doubt.sent += 1
+        try:
+            self.answer = await self._send(self._call.send_with)
+        except BaseException as error:
+            kind = self._call.record(error)
+            if not (isinstance(error, Exception) and kind.is_refusal):
+                raise
+            self.last = error
+        else:
+            self.answered = True
+            return False
+        self._doubt.refused_at = time.monotonic()
+        return kind is Kind.UNKNOWN_404 and self._call.uncertain() is None

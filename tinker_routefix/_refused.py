@@ -1,0 +1,103 @@
+"""A request of the program that the gateway has refused, or may have: what is sent again."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from . import (
+    _answers,
+    _connecting,
+    _endpoints,
+    _probes,
+    _raised,
+    _settings,
+)
+from ._answers import Kind
+from ._doubt import Doubt
+from ._prober import light_prober
+from ._replay import Replay
+
+if TYPE_CHECKING:
+    from ._call import Call
+
+
+class ReplayableRequest:
+    """A refused request: the same body, the same ``seq_id``, the same idempotency key.
+
+    Args:
+        call: The request.
+        error: Its 404.
+        kind: Whose 404 it is.
+    """
+
+    def __init__(self, call: Call, error: Exception, kind: Kind) -> None:
+        self.name = call.name
+        self.headers = _answers.headers_of(error)
+        self._call = call
+        self._doubt = Doubt(call, error) if kind is Kind.UNKNOWN_404 else None
+        self._keep_idempotency_key()
+
+    def replay(self, error: Exception) -> Replay:
+        """Its way through; not kept here, so that refcounting frees both."""
+        call = self._call
+        probe = light_prober(call.route, functools.partial(_probes.open_prober, call.pooled))
+        return Replay(call.route, self, error, budget=call.budget, probe=probe)
+
+    async def settle(self, replay: Replay) -> Any:
+        """The request's answer in the end."""
+        call = self._call
+        try:
+            answer = await self._answer(replay)
+        except Exception as error:
+            if self.is_refusal(error):
+                _raised.remember(call.route, call.options, call.pooled.client)
+            raise
+        if call.path == _endpoints.WEIGHTS_INFO and call.budget is not None:
+            _connecting.keep_for_model(call.pooled.pool, call.budget)
+        return answer
+
+    async def _answer(self, replay: Replay) -> Any:
+        may_replay = self._call.budget is not None or _settings.current().max_replays > 0
+        if self._doubt is not None and may_replay and self.uncertain() is None:
+            # Before anything else, whether it is the pod's own.
+            await self._call.route.waiters.stagger()
+            if self._doubt.can_be_settled:
+                try:
+                    answer = await self._doubt.send()
+                except Exception as error:
+                    if not self.is_refusal(error):
+                        raise
+                else:
+                    replay.answered(self._doubt.sent)
+                    return answer
+        return await replay.run()
+
+    async def send_again(self) -> Any:
+        """Send the same request once more, over a connection that has not refused."""
+        if self._doubt is not None and self._doubt.can_be_settled:
+            return await self._doubt.send(counted=1)
+        pooled = await self._call.pooled.fresh()
+        try:
+            return await pooled.send(self._call.send_with)
+        except BaseException as error:
+            pooled.stale |= self._call.record(error).is_refusal
+            raise
+
+    def is_refusal(self, error: BaseException) -> bool:
+        """Whether an error is again a 404 that may be the gateway's."""
+        if self._doubt is not None and self._doubt.is_the_pods:
+            return False
+        return _answers.kind_of(error, self._call.route.job).is_refusal
+
+    def uncertain(self) -> str | None:
+        """How an earlier try ended that may have been carried out, if that matters here."""
+        return self._call.uncertain()
+
+    def _keep_idempotency_key(self) -> None:
+        # tinker makes one up in every call of `request`; the first one's has to stay.
+        name = getattr(self._call.pooled.client, "_idempotency_header", None)
+        key = self.headers.get(name) if name else None
+        options = self._call.options
+        if key is not None and options.idempotency_key is None:
+            options.idempotency_key = key

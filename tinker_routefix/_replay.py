@@ -1,0 +1,216 @@
+"""Send a refused request again, once the control plane says that its job runs.
+
+What the gateway refuses never reached the pod, so the very same request (same body, same
+``seq_id``, same idempotency key) can be sent again without training anything twice. Polls are
+requests of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tenacity.asyncio import AsyncRetrying, retry_if_exception
+
+from . import _errors, events
+from ._job_state import Told
+from ._waiting import CONFIRM_AFTER, RouteWait
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from ._connecting import ConnectBudget
+    from ._route import Route
+
+
+SELDOM_AFTER, SELDOM = 2, 4.0
+"""After so many replays in vain, seconds between two questions."""
+
+
+class Request(Protocol):
+    """A request that was refused, as the SDK's side knows it."""
+
+    name: str
+    """For the log."""
+    headers: Mapping[str, str]
+    """Their credentials go to the control plane."""
+
+    async def send_again(self) -> Any:
+        """Send the same request once more, over a fresh connection."""
+
+    def is_refusal(self, error: BaseException) -> bool:
+        """Whether an error is again a 404 that may be the gateway's."""
+
+    def uncertain(self) -> str | None:
+        """How an earlier try ended that may have been carried out; None: none was."""
+
+
+class Replay:
+    """One refused request and its way through.
+
+    Args:
+        route: The route that refused it.
+        request: The request.
+        error: The 404 that it was refused with.
+        budget: Where it is part of connecting, what is left for that; None where it is not.
+        probe: Makes the light prober.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        request: Request,
+        error: Exception,
+        *,
+        budget: ConnectBudget | None,
+        probe: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.error = error
+        """Its last 404."""
+        self.replays = 0
+        self.wait = RouteWait(route, probe, budget)
+        self._route = route
+        self._request = request
+        self.wait.record_404()
+
+    async def run(self) -> Any:
+        """The request's answer.
+
+        Raises:
+            Exception: Whatever the request was answered with in the end: the 404, with a
+                note on it, where the job is not running or the budget is exhausted.
+        """
+        await self._route.waiters.stagger()
+        self._record_404(self.error)
+        with self._route.incident(), self._route.voice.wait(self.wait):
+            try:
+                answer = await self._until_answered()
+            except asyncio.CancelledError:
+                self._publish(events.Cancelled)
+                raise
+            except Exception as error:
+                if error is self.error:
+                    self._give_up()
+                raise
+        self._record_recovery()
+        return answer
+
+    async def _until_answered(self) -> Any:
+        """Refused: ask, wait, ask, send. Each attempt of the policy is one replay.
+
+        A policy of its own, as tenacity keeps a call's state on it.
+        """
+        if not await self._should_retry(self.error) or self.wait.exhausted():
+            raise self.error
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(self._should_retry),
+            stop=lambda _: self.wait.exhausted(),
+            sleep=asyncio.sleep,
+            reraise=True,
+        ):
+            await self.wait.sleep(self.wait.next_delay())
+            if not await self._verify_running():
+                raise self.error
+            with attempt:
+                answer = await self._send_again()
+        return answer
+
+    async def _should_retry(self, error: BaseException) -> bool:
+        """Refused, and ask: whether to wait and send it again after an error."""
+        if error is not self.error:
+            if not isinstance(error, Exception) or not self._request.is_refusal(error):
+                return False
+            self._record_404(error)
+        self.wait.record_404()
+        # A 404 says nothing about earlier tries: what may have been carried out is not repeated.
+        if self._request.uncertain() is not None:
+            return False
+        # Probes that are answered tell as much, and the control plane has been asked by then.
+        if self.wait.backoff.early <= 1 or self.wait.unconfirmed_for() is not None:
+            await self.wait.ask(self._request.headers)
+        return not self.wait.is_over()
+
+    async def _verify_running(self) -> bool:
+        """Ask: wait for proof that the job runs; False where there is none in time, or it ended."""
+        wait = self.wait
+        if not wait.backoff.early:
+            await wait.ask(self._request.headers)
+        while not wait.is_over() and self._request.uncertain() is None:
+            if wait.connecting or self._is_proven():
+                return True
+            left = wait.remaining()
+            if left <= 0:
+                return False
+            again = max(wait.answer.ask_again_at - time.monotonic(), CONFIRM_AFTER / 10)
+            if wait.backoff.early > SELDOM_AFTER and wait.unconfirmed_for() is None:
+                again = max(again, min(SELDOM, left - CONFIRM_AFTER))
+            await self._wait_for_proof(min(again, left))
+            await wait.ask(self._request.headers)
+        return False
+
+    async def _wait_for_proof(self, seconds: float) -> None:
+        """Wait for a success of the pod."""
+        ends = time.monotonic() + seconds
+        while not self._is_proven() and (left := ends - time.monotonic()) > 0:
+            await self.wait.until_reachable(left, since=time.monotonic())
+
+    def _is_proven(self) -> bool:
+        """Whether it is known that the job runs, and since after the refusal."""
+        answer, refused_at = self.wait.answer, self.wait.refused_at
+        running = answer.told is Told.RUNNING and answer.answered_at >= refused_at
+        return running or self._route.proven_at >= refused_at
+
+    async def _send_again(self) -> Any:
+        self.replays += 1
+        self._publish(events.Replayed)
+        # A poll that the pod holds is no wait of ours.
+        self.wait.waits = False
+        try:
+            return await self._request.send_again()
+        finally:
+            self.wait.waits = True
+
+    # --- What is told --------------------------------------------------------------------
+
+    def answered(self, replays: int) -> None:
+        """Note that it was answered before it had come to waiting."""
+        self._record_404(self.error)
+        self.replays = replays
+        self._record_recovery()
+
+    def _record_404(self, error: Exception) -> None:
+        if error is not self.error:
+            self._break_cycle()
+            self.error = error
+        self._route.record_404(self._request.name, self.replays)
+
+    def _record_recovery(self) -> None:
+        self._route.mark_reachable(proof=True)
+        self._break_cycle()
+        self._publish(events.Recovered)
+
+    def _break_cycle(self) -> None:
+        # Break exception -> traceback -> frame -> self, so that refcounting frees it; the cyclic
+        # garbage collector was measured to stall the loop.
+        self.error.__traceback__ = None
+
+    def _give_up(self) -> None:
+        self._route.record_failure(self.wait)
+        doubt, answer = self._request.uncertain(), self.wait.answer
+        if doubt is not None:
+            _errors.note_uncertain(self.error, self._publish(events.Uncertain, earlier=doubt))
+            return
+        event = self._publish(
+            events.FailedFast if self.wait.is_over() else events.GivenUp,
+            state=answer.state.value,
+            control_plane_said=answer.message,
+            age_seconds=round(time.monotonic() - answer.answered_at, 3),
+        )
+        _errors.note_given_up(self.error, event, self.wait)
+
+    def _publish(self, kind: type[events.RequestEvent], **facts: Any) -> events.RequestEvent:
+        seconds = round(self.wait.elapsed, 3)
+        return self._route.publish(
+            kind, request=self._request.name, replays=self.replays, seconds=seconds, **facts
+        )
