@@ -170,6 +170,16 @@ def test_long_wait_without_a_control_plane_says_so(lab: Lab, mode: Any, said: st
     )
 
 
+def test_answer_that_comes_after_a_probe_has_proven_the_job_is_told(lab: Lab) -> None:
+    # Probes come through: no replay waits for so slow an answer, and none asks again.
+    lab.fault(Fault(kinds=["poll:forward_backward"]))
+    lab.control_plane.delay = 1.8
+    ended = run(program(), lab, TINKER_ROUTEFIX_RETRY_BUDGET="5")
+    assert ended.returncode == 1
+    *_, last = ended.stderr.partition("Traceback")[0].splitlines()
+    lines(last, GAVE_UP)
+
+
 def test_failed_wait_of_many_polls_prints_its_end_once_before_the_traceback(lab: Lab) -> None:
     # No result is ready before all are polled for, and then the route is gone.
     unready = Answer(408, {"type": "try_again", "request_id": "any", "queue_state": "active"})

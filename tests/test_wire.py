@@ -28,7 +28,7 @@ from tests.programs import connect, exact, forward_backward, optim_step, train
 from tests.wire import servers
 from tests.wire.delay import delayed
 from tests.wire.servers import Balancer, Replica
-from tinker_routefix.lab import GATEWAY_404, Fault, _tls
+from tinker_routefix.lab import GATEWAY_404, Answer, Fault, _tls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,21 +68,20 @@ class Wire:
         """The base URL of the lab's job."""
         return self.lab.base_url.replace(self.lab.origin, self.balancer.origin)
 
-    def stale(self, *seconds: float, seen: bool = True) -> None:
+    def stale(self, *seconds: float, seen: int = 1) -> None:
         """Let the first replicas not know any job, and learn it one by one.
 
         Args:
             seconds: After so long.
-            seen: Count from the first 404 on, however late a program is there.
+            seen: Count from so many 404s on, however late a program is there.
         """
-        before = self.count(404)
+        awaited = self.count(404) + seen
         stale = list(zip(self.replicas, seconds, strict=False))
         for replica, _ in stale:
             replica.switch("stale")
 
         def heal() -> None:
-            if seen:
-                until(lambda: self.count(404) > before)
+            until(lambda: self.count(404) >= awaited)
             began = time.monotonic()
             for replica, healed in stale:
                 time.sleep(max(0.0, began + healed - time.monotonic()))
@@ -272,7 +271,7 @@ def stale_submissions(wire: Wire) -> None:
 def half_of_the_replicas(wire: Wire) -> None:
     client = wire.connect()
     wire.lab.work_seconds = 0.2
-    wire.stale(3.0, 5.0, seen=False)
+    wire.stale(3.0, 5.0, seen=0)
     train(client, steps=6)
 
 
@@ -371,22 +370,26 @@ def test_a_replica_that_stays_stale_is_left_behind(both: Both, transport: str) -
 
 
 IN_FLIGHT = 100
-OPENED = 40
+OPENED = 70
+"""Connections; 20 to 50 on a machine that does nothing else, and one for each request were 100."""
 LEFT_OPEN = 4
 
 
 def many_polls(wire: Wire) -> None:
-    """An outage of 4 s, of all replicas or of every second request, under many polls."""
+    """An outage of about 4 s, of all replicas or of every second request, under many polls."""
     client = wire.connect()
-    wire.lab.work_seconds = 8.0
-    futures = [forward_backward(client)]
-    wire.reached("forward_backward")
-    # Those wait for the first one.
-    wire.lab.work_seconds = 0.01
-    futures += [forward_backward(client) for _ in range(IN_FLIGHT - 1)]
-    wire.reached("forward_backward", IN_FLIGHT)
+    # No result is ready before it is over.
+    over = threading.Event()
+    unready = Answer(408, {"type": "try_again", "request_id": "any", "queue_state": "active"})
+    wire.lab.fault(
+        Fault(kinds=["poll"], at="pod", answer=unready, delay=0.3, when=lambda _: not over.is_set())
+    )
+    futures = [forward_backward(client) for _ in range(IN_FLIGHT)]
+    wire.reached("poll", IN_FLIGHT)
     wire.before = (wire.connections(), wire.balancer.opened())
-    wire.stale(*[4.0] * (2 if wire.balancer.mode == "tcp" else 1))
+    wire.stale(*[3.0] * (2 if wire.balancer.mode == "tcp" else 1), seen=IN_FLIGHT)
+    wire.timers[-1].join()
+    over.set()
     for future in futures:
         future.result(programs.PATIENCE)
 
@@ -413,7 +416,6 @@ def test_connections_under_many_polls_are_few_and_none_is_cut_or_left_open(
     if run.error is not None:
         raise run.error
     exact(wire.lab, gradients=IN_FLIGHT, optim_steps=0)
-    assert wire.count(404) >= IN_FLIGHT, "there was no outage"
     opened_before, all_before = wire.before
     assert wire.count(499) == 0, "a client was closed with requests on it"
     assert run.opened - all_before <= OPENED

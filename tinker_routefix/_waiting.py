@@ -106,18 +106,24 @@ class RouteWait:
     async def ask(self, headers: Mapping[str, str]) -> None:
         """Ask the control plane; an answer of the pod through the route ends the wait for it."""
         asking = asyncio.ensure_future(self.route.control_plane.ask(headers))
+        # Also when it comes later: it is what a person is told, and may end the wait.
+        asking.add_done_callback(self._record_answer)
         try:
             await asyncio.wait((asking,), timeout=ASKED_AT_LEAST)
             if not asking.done():
                 await self._first_of(asking)
-            if asking.done():
-                self.answer = asking.result()
-                if self.answer.state in (JobState.ENDED, JobState.STARTING):
-                    self.route.warm = False
-        finally:
+        except asyncio.CancelledError:
             asking.cancel()
+            raise
         # The answer reaches all who asked at once.
         await self.route.waiters.stagger()
+
+    def _record_answer(self, asking: asyncio.Future[Answer]) -> None:
+        if asking.cancelled():
+            return
+        self.answer = asking.result()
+        if self.answer.state in (JobState.ENDED, JobState.STARTING):
+            self.route.warm = False
 
     async def _first_of(self, asking: asyncio.Future[Answer]) -> None:
         reachable = asyncio.ensure_future(
