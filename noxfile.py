@@ -55,6 +55,8 @@ CACHE = ROOT / ".nox" / ".cache"
 AWAY = ("docs", "examples", "tests", "tools")
 # The tests wait more than they work, so there are more of them at a time than cores.
 PYTEST = ("-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
+# On CI nobody watches, and sessions run beside each other: one that stands still is no failure.
+RERUNS = ("--reruns", "1") if os.environ.get("CI") == "true" else ()
 ALL = ("tests", *(f"--ignore={name}" for name in FILES["own-session"]))
 # Each worker collects all tests of its files, and few of them are these.
 CORE = ("-n", "4", "-m", "core", *(f"tests/test_{name}.py" for name in MATRIX["core"]))
@@ -92,10 +94,13 @@ def print_last_line() -> None:
             for one in sessions
             if one["result"] == "skipped"
         ]
+        again = RUN / "rerun.txt"
+        reruns = again.read_text("utf-8") if again.is_file() else ""
         minutes = sum(one["duration"] for one in sessions) / 60
         sys.stderr.write(
-            f"nox > {len(sessions)} sessions, {minutes:.1f} minutes in sum; tests: {counts[True]} "
-            f"ran, {counts[False]} skipped; {len(missed)} sessions NOT RUN"
+            f"{reruns}nox > {len(sessions)} sessions, {minutes:.1f} minutes in sum; tests: "
+            f"{counts[True]} ran, {counts[False]} skipped, {reruns.count('FAILED AT FIRST: ')} "
+            f"failed at first; {len(missed)} sessions NOT RUN"
             + (f" ({'; '.join(missed)})" if missed else "")
             + (f"; {len(idle)} files without a test that ran ({', '.join(idle)})" if idle else "")
             + "; for more: nox -t ci, nox -t wide\n"
@@ -207,10 +212,12 @@ def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
         python = ("python", "-m", "coverage", "run", "--rcfile=tests/coverage.toml")
     # 5: nothing was collected.
     session.run(
-        *(*python, *PYTEST, f"--junitxml={report}"),
+        *(*python, *PYTEST, *RERUNS, f"--junitxml={report}"),
         *(session.posargs or options),
         success_codes=[0, 5],
     )
+    if (RUN / "executed-twice.txt").is_file():
+        session.error("an execution too many: " + (RUN / "executed-twice.txt").read_text("utf-8"))
     if not any(ran for _, ran in junit(report)):
         # Of what a person has asked for there may be nothing here; of the rest there always is.
         leave = session.skip if session.posargs else session.error
@@ -282,14 +289,14 @@ def tests(session: nox.Session) -> None:
     """All tests but the long ones, with the newest tinker, on the Python that runs nox."""
     check_python(session)
     install(session, "tinker")
-    rest = ALL
+    apart: list[str] = []
     if measures(session) and not session.posargs:
         # It doubles the time: not for what `compat` and `robustness` measure, or nobody.
         unmeasured = [f"tests/test_{name}.py" for name in MATRIX["unmeasured"]]
         apart = FILES["compat"] + FILES["robustness"] + unmeasured
+    pytest(session, "-m", "not long", *ALL, *(f"--ignore={name}" for name in apart))
+    if apart:
         pytest(session, "-m", "not long", *apart, covered=False)
-        rest = (*ALL, *(f"--ignore={name}" for name in apart))
-    pytest(session, "-m", "not long", *rest)
 
 
 @nox.session

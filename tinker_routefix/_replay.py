@@ -1,8 +1,7 @@
 """Send a refused request again, once the control plane says that its job runs.
 
 What the gateway refuses never reached the pod, so the very same request (same body, same
-``seq_id``, same idempotency key) can be sent again without training anything twice. Polls are
-requests of their own.
+``seq_id``, same idempotency key) can be sent again without training anything twice.
 """
 
 from __future__ import annotations
@@ -174,7 +173,7 @@ class Replay:
     # --- What is told --------------------------------------------------------------------
 
     def answered(self, replays: int) -> None:
-        """Note that it was answered before it had come to waiting."""
+        """It was answered before it came to waiting."""
         self._record_404(self.error)
         self.replays = replays
         self._record_recovery()

@@ -1,7 +1,6 @@
 """One wait for a route: a request's that was refused, or a warm-up's.
 
-It asks the control plane, waits, and knows when there is nothing more to wait for. A wait ends
-early when the route works again, for whomever.
+It ends early when the route works again, for whomever, or when there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class RouteWait:
         return full or self.remaining() <= 0
 
     def record_404(self) -> None:
-        """Note that the gateway has refused just now."""
+        """The gateway has refused just now."""
         self.refused_at = time.monotonic()
         if self._budget is not None:
             self._budget.start()
@@ -106,7 +105,7 @@ class RouteWait:
     async def ask(self, headers: Mapping[str, str]) -> None:
         """Ask the control plane; an answer of the pod through the route ends the wait for it."""
         asking = asyncio.ensure_future(self.route.control_plane.ask(headers))
-        # Also when it comes later: it is what a person is told, and may end the wait.
+        # A late answer may end the wait as well, and a person is told of it.
         asking.add_done_callback(self._record_answer)
         try:
             await asyncio.wait((asking,), timeout=ASKED_AT_LEAST)
@@ -115,15 +114,13 @@ class RouteWait:
         except asyncio.CancelledError:
             asking.cancel()
             raise
-        # The answer reaches all who asked at once.
         await self.route.waiters.stagger()
 
     def _record_answer(self, asking: asyncio.Future[Answer]) -> None:
-        if asking.cancelled():
-            return
-        self.answer = asking.result()
-        if self.answer.state in (JobState.ENDED, JobState.STARTING):
-            self.route.warm = False
+        if not asking.cancelled():
+            self.answer = asking.result()
+            if self.answer.state in (JobState.ENDED, JobState.STARTING):
+                self.route.warm = False
 
     async def _first_of(self, asking: asyncio.Future[Answer]) -> None:
         reachable = asyncio.ensure_future(
