@@ -325,7 +325,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, tags=["ci"], default=False)
 def compat(session: nox.Session) -> None:
-    """The core tests with each tinker, all tests with some; the oldest and the newest anywhere."""
+    """The core tests with each tinker, and all tests with some on the main Python."""
     main = session.python == MAIN_PYTHON
 
     def run(tinker: str) -> None:
@@ -333,13 +333,14 @@ def compat(session: nox.Session) -> None:
         if tinker == "newest" and main:
             # What `tests` of this run has covered is not run again.
             pytest(session, *(["-m", "long"] if covered_by("tests").is_dir() else []), *ALL)
-        elif tinker == "newest" and session.python != RUNNING_PYTHON:
-            # Where nox runs, `tests` has had it.
-            pytest(session, "-m", "not long", *FILES["any-tinker"], *FILES["compat"])
         elif main and tinker in MATRIX["thorough"]:
-            pytest(session, *FILES["compat"])
+            # `robustness` covers what the oldest does.
+            pytest(session, *FILES["compat"], covered=tinker != OLDEST)
         elif main or session.python != RUNNING_PYTHON:
+            # Elsewhere `tests` and `core` have had these.
             pytest(session, *CORE, covered=False)
+            if tinker == "newest":
+                pytest(session, "-m", "not long", *FILES["any-tinker"])
 
     each(session, MATRIX["tinkers"] if main else MATRIX["everywhere"], run)
 

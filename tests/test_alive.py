@@ -73,6 +73,37 @@ def test_control_plane_that_fails_for_the_whole_outage_ends_no_run(
     exact(run(), gradients=1, optim_steps=1)
 
 
+def test_gateway_that_has_lost_its_pod_between_two_404s_ends_no_run(
+    make_lab: MakeLab, plain: Plain, settings: Settings
+) -> None:
+    """A probe's 502 is no answer of the pod: a replay sent then may have been carried out."""
+
+    def run() -> Lab:
+        lab = make_lab()
+        client = connect(lab.base_url)
+        began: list[float] = []
+
+        def between(start: float, end: float) -> Callable[[Exchange], bool]:
+            def applies(exchange: Exchange) -> bool:
+                began.append(exchange.at)
+                return start <= exchange.at - began[0] < end
+
+            return applies
+
+        kinds = ["forward_backward", "get_info"]
+        lab.fault(Fault(kinds=kinds, answer=Answer(502, ""), when=between(0.4, 2)))
+        lab.fault(Fault(kinds=kinds, when=between(0, 6)))
+        train(client)
+        return lab
+
+    # Nothing but an answered probe ends a wait.
+    settings(base_delay=20, max_delay=20)
+    with plain(), pytest.raises(Exception) as caught:
+        run()
+    programs.gateway_404(caught.value)
+    exact(run(), gradients=1, optim_steps=1)
+
+
 def test_telemetry_that_gets_through_is_no_proof_that_the_job_runs(
     make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

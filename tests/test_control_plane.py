@@ -31,6 +31,7 @@ from tinker_routefix._job import Job
 from tinker_routefix._job_state import Answer, JobState, Told
 from tinker_routefix._question import Connections
 from tinker_routefix._route import Route
+from tinker_routefix._waiting import RouteWait
 from tinker_routefix.lab import Answer as HttpAnswer
 from tinker_routefix.lab import Fault, Lab
 
@@ -775,6 +776,26 @@ def test_managers_that_are_gone_leave_one_address_behind() -> None:
     register(JOB.gateway, manager("other"))
     assert len(_addresses._managers[JOB.gateway]) == 2
     assert _addresses.asker(JOB, {}) == Address(NOT_THE_GATEWAY, None, verify=True)
+
+
+def test_manager_that_raises_is_an_error_where_the_settings_are_strict(
+    settings: Callable[..., None],
+) -> None:
+    def fails() -> Address:
+        raise OSError("no such file")
+
+    async def wait() -> None:
+        route = Route(JOB, ControlPlane(JOB))
+        await RouteWait(route, no_probe, None).ask({})
+
+    async def no_probe() -> None:
+        await asyncio.sleep(60)
+
+    settings(strict=True)
+    _addresses._managers[JOB.gateway] = [Manager(fails)]
+    with pytest.raises(OSError, match="no such file"):
+        asyncio.run(wait())
+    _addresses._managers.clear()
 
 
 def test_manager_that_raises_leaves_the_gateway_to_be_asked(

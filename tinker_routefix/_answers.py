@@ -25,7 +25,7 @@ class Kind(enum.Enum):
     """What came back instead of a result."""
 
     NO_ANSWER = enum.auto()
-    """No HTTP answer at all: no connection, a timeout, a failure in the program."""
+    """None of the pod: no connection, a timeout, a failure in the program; 502, 503, 504."""
     GATEWAY_404 = enum.auto()
     """The gateway had no route: the request never reached the pod."""
     UNKNOWN_404 = enum.auto()
@@ -49,6 +49,8 @@ def kind_of(error: BaseException, job: Job) -> Kind:
     try:
         if _verdict.is_route_not_ready(response.status_code, response.content):
             return Kind.NOT_READY
+        if response.status_code in _OF_A_GATEWAY:
+            return Kind.NO_ANSWER
         if response.status_code != HTTPStatus.NOT_FOUND or not job.owns(str(response.url)):
             return Kind.ANSWER
         verdict = _verdict.of_body(response.content)
@@ -58,6 +60,7 @@ def kind_of(error: BaseException, job: Job) -> Kind:
     return _KINDS[verdict]
 
 
+_OF_A_GATEWAY = (502, 503, 504)
 _KINDS = {
     Verdict.GATEWAY: Kind.GATEWAY_404,
     Verdict.UNKNOWN: Kind.UNKNOWN_404,

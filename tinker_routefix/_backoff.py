@@ -32,7 +32,7 @@ class Backoff:
     def __init__(self, base_delay: float, max_delay: float) -> None:
         self.counted_waits = 0
         """Those that ran their full length."""
-        self.early = 0
+        self.early_in_a_row = 0
         """How many waits in a row were ended early."""
         self.not_before = float("-inf")
         """No wait ends before this moment: the pace of those that were ended early."""
@@ -47,11 +47,11 @@ class Backoff:
 
     def ended_early(self) -> None:
         """Note a wait that the route has ended."""
-        self.early += 1
-        pace = PACE if self.early < SLOWER_AFTER else SLOWER_PACE
+        self.early_in_a_row += 1
+        pace = PACE if self.early_in_a_row < SLOWER_AFTER else SLOWER_PACE
         self.not_before = time.monotonic() + random.uniform(*pace)  # noqa: S311
 
     def ran_out(self, *, counts: bool = True) -> None:
         """Note a wait that has run its length; one for a confirmation does not count."""
-        self.early = 0
+        self.early_in_a_row = 0
         self.counted_waits += counts

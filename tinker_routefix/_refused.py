@@ -60,7 +60,7 @@ class ReplayableRequest:
     async def _answer(self, replay: Replay) -> Any:
         may_replay = self._call.budget is not None or _settings.current().max_replays > 0
         if self._doubt is not None and may_replay and self.uncertain() is None:
-            # Before anything else, whether it is the pod's own.
+            # Whether it is the pod's own: by sending it where probes are answered.
             await self._call.route.waiters.stagger()
             if self._doubt.can_be_settled:
                 try:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 SELDOM_AFTER, SELDOM = 2, 4.0
-"""After so many replays in vain, seconds between two questions."""
+"""After so many waits that ended early, seconds between two questions."""
 
 
 class Request(Protocol):
@@ -125,15 +125,15 @@ class Replay:
         # A 404 says nothing about earlier tries: what may have been carried out is not repeated.
         if self._request.uncertain() is not None:
             return False
-        # Probes that are answered tell as much, and the control plane has been asked by then.
-        if self.wait.backoff.early <= 1 or self.wait.unconfirmed_for() is not None:
+        # Later on, probes that are answered tell as much.
+        if self.wait.backoff.early_in_a_row <= 1 or self.wait.unconfirmed_for() is not None:
             await self.wait.ask(self._request.headers)
         return not self.wait.is_over()
 
     async def _verify_running(self) -> bool:
         """Ask: wait for proof that the job runs; False where there is none in time, or it ended."""
         wait = self.wait
-        if not wait.backoff.early:
+        if not wait.backoff.early_in_a_row:
             await wait.ask(self._request.headers)
         while not wait.is_over() and self._request.uncertain() is None:
             if wait.connecting or self._is_proven():
@@ -141,10 +141,10 @@ class Replay:
             left = wait.remaining()
             if left <= 0:
                 return False
-            again = max(wait.answer.ask_again_at - time.monotonic(), CONFIRM_AFTER / 10)
-            if wait.backoff.early > SELDOM_AFTER and wait.unconfirmed_for() is None:
-                again = max(again, min(SELDOM, left - CONFIRM_AFTER))
-            await self._wait_for_proof(min(again, left))
+            pause = max(wait.answer.ask_again_at - time.monotonic(), CONFIRM_AFTER / 10)
+            if wait.backoff.early_in_a_row > SELDOM_AFTER and wait.unconfirmed_for() is None:
+                pause = max(pause, min(SELDOM, left - CONFIRM_AFTER))
+            await self._wait_for_proof(min(pause, left))
             await wait.ask(self._request.headers)
         return False
 

@@ -126,12 +126,11 @@ def _settlement(call: Call, error: Exception) -> Callable[[], Coroutine[Any, Any
     kind = call.record(error)
     if not kind.is_refusal:
         return None
-    connecting = call.budget is not None
-    if _errors.note_on(error) is not None or _background.is_background(
-        call.path, call.route, connecting=connecting
+    # By our own wrapper, left below a foreign one.
+    was_replayed = _errors.note_on(error) is not None
+    if was_replayed or _background.is_background(
+        call.path, call.route, connecting=call.budget is not None
     ):
-        # Our inner wrapper, left below a foreign one, has had its replays. Or it is a
-        # call that the program does not wait for.
         _background.renew_if_heartbeat(call.path, call.pooled)
         return None
     call.pooled.stale = True

@@ -17,7 +17,7 @@ class Waiters:
     """The requests that wait for one route."""
 
     def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[None], None] = {}
         self._paced = 0
         self._queue: deque[asyncio.Future[None]] = deque()
 
@@ -35,11 +35,11 @@ class Waiters:
     async def wait(self, seconds: float) -> None:
         """Wait to be released, for so long at most."""
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         try:
             await self._sleep(waiter, seconds)
         finally:
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
 
     async def pace(self, seconds: float) -> None:
         """Wait for so long, and count as one who waits.

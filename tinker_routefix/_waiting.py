@@ -103,26 +103,26 @@ class RouteWait:
     # --- Asking --------------------------------------------------------------------------
 
     async def ask(self, headers: Mapping[str, str]) -> None:
-        """Ask the control plane; an answer of the pod through the route ends the wait for it."""
+        """Ask the control plane; stop waiting for its answer once the route works."""
         asking = asyncio.ensure_future(self.route.control_plane.ask(headers))
-        # A late answer may end the wait as well, and a person is told of it.
+        # Also when it comes later: a person is told of it.
         asking.add_done_callback(self._record_answer)
         try:
             await asyncio.wait((asking,), timeout=ASKED_AT_LEAST)
             if not asking.done():
-                await self._first_of(asking)
+                await self._answered_or_reachable(asking)
         except asyncio.CancelledError:
             asking.cancel()
             raise
+        if asking.done() and asking.result().state in (JobState.ENDED, JobState.STARTING):
+            self.route.warm = False
         await self.route.waiters.stagger()
 
     def _record_answer(self, asking: asyncio.Future[Answer]) -> None:
-        if not asking.cancelled():
+        if not asking.cancelled() and asking.exception() is None:
             self.answer = asking.result()
-            if self.answer.state in (JobState.ENDED, JobState.STARTING):
-                self.route.warm = False
 
-    async def _first_of(self, asking: asyncio.Future[Answer]) -> None:
+    async def _answered_or_reachable(self, asking: asyncio.Future[Answer]) -> None:
         reachable = asyncio.ensure_future(
             self.until_reachable(self.remaining(), since=self.refused_at)
         )
