@@ -94,8 +94,7 @@ def print_last_line() -> None:
             for one in sessions
             if one["result"] == "skipped"
         ]
-        again = RUN / "rerun.txt"
-        reruns = again.read_text("utf-8") if again.is_file() else ""
+        reruns = "".join(path.read_text("utf-8") for path in RUN.glob("rerun.txt"))
         minutes = sum(one["duration"] for one in sessions) / 60
         sys.stderr.write(
             f"{reruns}nox > {len(sessions)} sessions, {minutes:.1f} minutes in sum; tests: "
@@ -216,8 +215,8 @@ def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
         *(session.posargs or options),
         success_codes=[0, 5],
     )
-    if (RUN / "executed-twice.txt").is_file():
-        session.error("an execution too many: " + (RUN / "executed-twice.txt").read_text("utf-8"))
+    for found in RUN.glob("executed-twice.txt"):
+        session.error(f"an execution too many: {found.read_text('utf-8')}")
     if not any(ran for _, ran in junit(report)):
         # Of what a person has asked for there may be nothing here; of the rest there always is.
         leave = session.skip if session.posargs else session.error

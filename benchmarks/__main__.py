@@ -29,15 +29,13 @@ _HERE = Path(__file__).parent
 
 def _facts() -> dict[str, Any]:
     """What has to be known to compare figures; nothing that names the machine."""
+    names = ("tinker", "tinker-routefix", "httpx", "tenacity", "wrapt")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{
-            name: metadata.version(name)
-            for name in ("tinker", "tinker-routefix", "httpx", "tenacity", "wrapt")
-        },
+        **{name: metadata.version(name) for name in names},
     }
 
 
@@ -123,11 +121,7 @@ def main(
     def say(what: str) -> None:
         click.echo(f"{time.monotonic() - began:6.0f} s  {what}", err=True)
 
-    command = [
-        "python -m benchmarks",
-        *names,
-        *([f"--wire {wire}"] if wire != labs.PYQWEST else []),
-    ]
+    command = ["python -m benchmarks", *names, *[f"--wire {wire}"] * (wire != labs.PYQWEST)]
     command += [f"--repeat {repeat}"] * bool(repeat) + ["--quick"] * quick
     for name in () if redraw else names or BENCHMARKS:
         # A fresh stage for each, so that none has to do with what another left on it.
@@ -142,10 +136,9 @@ def main(
         }
         _keep(results, out / f"{name}.json")
     for target in _write(out):
-        verdict = "reached" if target.reached else "NOT"
         click.echo(
-            f"{verdict:<8} {target.what} ({target.where}): {target.measured}; "
-            f"at most {FIGURES[target.what]}"
+            f"{'reached' if target.reached else 'NOT':<8} {target.what} ({target.where}): "
+            f"{target.measured}; at most {FIGURES[target.what]}"
         )
 
 

@@ -114,8 +114,7 @@ class Stage:
             return {"hung": True}
         if ended.returncode or not ended.stdout.strip():
             raise RuntimeError(f"{run.program} of {run.contender} failed:\n{ended.stderr[-2000:]}")
-        result: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
-        return result
+        return dict(json.loads(ended.stdout.strip().splitlines()[-1]))
 
     def _environment(self, contender: str) -> dict[str, str]:
         # Whatever is set for tinker or the shim out there must not decide anything.
