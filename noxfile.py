@@ -55,7 +55,7 @@ CACHE = ROOT / ".nox" / ".cache"
 AWAY = ("docs", "examples", "tests", "tools")
 # The tests wait more than they work, so there are more of them at a time than cores.
 PYTEST = ("-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
-# On CI nobody watches, and sessions run beside each other: one that stands still is no failure.
+# Sessions run beside each other on CI, and a process stands still there now and then.
 RERUNS = ("--reruns", "1") if os.environ.get("CI") == "true" else ()
 ALL = ("tests", *(f"--ignore={name}" for name in FILES["own-session"]))
 # Each worker collects all tests of its files, and few of them are these.
@@ -215,8 +215,8 @@ def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
         *(session.posargs or options),
         success_codes=[0, 5],
     )
-    for found in RUN.glob("executed-twice.txt"):
-        session.error(f"an execution too many: {found.read_text('utf-8')}")
+    for found in RUN.glob("unexcused.txt"):
+        session.error(f"what a second run does not excuse: {found.read_text('utf-8')}")
     if not any(ran for _, ran in junit(report)):
         # Of what a person has asked for there may be nothing here; of the rest there always is.
         leave = session.skip if session.posargs else session.error

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
@@ -147,6 +148,14 @@ class Listener:
             writer.close()
 
 
+def not_excused(found: object) -> None:
+    """On CI a failed test is run once more. That it passes then excuses no such finding."""
+    run = Path(os.environ.get("NOX_RUN", "nowhere"))
+    if found and run.is_dir():
+        with (run / "unexcused.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{os.environ.get('PYTEST_CURRENT_TEST')}: {found}\n")
+
+
 def until(done: Callable[[], bool]) -> None:
     """Wait for what another thread is about to do."""
     deadline = time.monotonic() + 60
@@ -189,6 +198,7 @@ def exact(lab: Lab, *, gradients: int, optim_steps: int) -> None:
     """The trainer has carried out what was asked for: once, in order, and nothing else."""
     ledger = lab.ledger
     done = (ledger.gradients, ledger.optim_steps)
+    not_excused(done[0] > gradients or done[1] > optim_steps or ledger.duplicates())
     assert done == (gradients, optim_steps), ledger.summary()
     assert not ledger.duplicates(), ledger.summary()
     assert not ledger.out_of_order(), ledger.summary()

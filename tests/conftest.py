@@ -16,7 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.common import CANARY, Listener, collect, leaks, unexplained_executions
+from tests.common import (
+    CANARY,
+    Listener,
+    collect,
+    leaks,
+    not_excused,
+    unexplained_executions,
+)
 
 # Before anything is imported: the shim reads its settings once, tinker its key at connect.
 os.environ["TINKER_API_KEY"] = CANARY
@@ -45,7 +52,7 @@ if OVER_TLS:
 
 pytest_plugins = ["tinker_routefix.lab.pytest_plugin"]
 
-RUN = os.environ.get("NOX_RUN")
+RUN = Path(os.environ.get("NOX_RUN", "nowhere"))
 """Where nox keeps what its last line tells of."""
 
 
@@ -82,13 +89,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """On CI a failed test is run once more: what it failed with is told all the same."""
     outcome: str = report.outcome
-    if RUN and outcome == "rerun" and "PYTEST_XDIST_WORKER" not in os.environ:
-        with Path(RUN, "rerun.txt").open("a") as told:
+    if RUN.is_dir() and outcome == "rerun" and "PYTEST_XDIST_WORKER" not in os.environ:
+        with (RUN / "rerun.txt").open("a", encoding="utf-8") as told:
             told.write(f"FAILED AT FIRST: {report.nodeid}\n{report.longreprtext}\n\n")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the tests that wait longest first, one in each worker: it is handed two at a time."""
+
+    for item in items:
+        # The ledger is asked in the test itself.
+        if "trains_twice" in item.keywords or item.path.stem in (
+            "test_schedules",
+            "test_never_twice",
+        ):
+            item.add_marker(pytest.mark.flaky(reruns=0))
 
     def waits(item: pytest.Item) -> bool:
         return any(item.get_closest_marker(name) for name in ("long", "slow"))
@@ -169,9 +184,7 @@ def make_lab(
     yield make
     for lab in [] if request.node.get_closest_marker("trains_twice") else labs:
         found = unexplained_executions(lab)
-        if found and RUN:
-            # That a second run of the test is in order excuses nothing.
-            Path(RUN, "executed-twice.txt").write_text(f"{request.node.nodeid}: {found}")
+        not_excused(found)
         assert not found, lab.ledger.summary()
 
 
@@ -366,6 +379,7 @@ def overheard() -> Iterator[Overheard]:
     found = handler.leaks()
     # Errors hold frames, and those hold clients.
     handler.caught.clear()
+    not_excused(found)
     assert not found
 
 
@@ -380,6 +394,7 @@ def pytest_runtest_makereport(
     found = [what for text in printed for what in leaks(text)]
     # The last one has all that was printed.
     if call.when == "teardown" and report.passed and found:
+        not_excused(found)
         report.outcome = "failed"
         report.longrepr = f"{', '.join(found)} in what {item.nodeid} printed"
     return report

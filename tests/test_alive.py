@@ -808,6 +808,16 @@ def test_sample_refused_while_probes_pass_asks_and_replays_little(make_lab: Make
     assert answered - ended < 7
 
 
+def test_late_word_of_a_job_that_starts_ends_no_run_whose_probes_pass(make_lab: MakeLab) -> None:
+    """The pod has answered since the question was put."""
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.control_plane.state, lab.control_plane.delay = "JOB_STATE_RE_QUEUEING", 1.8
+    lab.fault(Fault(kinds=["forward_backward"], count=5))
+    train(client)
+    exact(lab, gradients=1, optim_steps=1)
+
+
 def test_sample_of_a_job_that_ends_while_probes_pass_fails_at_once(make_lab: MakeLab) -> None:
     """The question that confirms it does not wait for its turn among the few."""
     lab = make_lab()

@@ -795,7 +795,6 @@ def test_manager_that_raises_is_an_error_where_the_settings_are_strict(
     _addresses._managers[JOB.gateway] = [Manager(fails)]
     with pytest.raises(OSError, match="no such file"):
         asyncio.run(wait())
-    _addresses._managers.clear()
 
 
 def test_manager_that_raises_leaves_the_gateway_to_be_asked(

@@ -178,6 +178,18 @@ def test_incomplete_response_is_not_a_gateway_404() -> None:
     assert kind_of(AnsweredError(not_ready), JOB) is Kind.ANSWER
 
 
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+def test_server_error_shows_the_route_unless_it_is_a_gateways_for_want_of_the_pod(
+    status: int,
+) -> None:
+    request = httpx.Request("POST", URL)
+    pods = httpx.Response(status, json={"detail": "busy"}, request=request)
+    gateways = httpx.Response(status, content=b"<html>Bad Gateway</html>", request=request)
+    assert kind_of(AnsweredError(pods), JOB) is Kind.ANSWER
+    expected = Kind.ANSWER if status == 500 else Kind.NO_ANSWER
+    assert kind_of(AnsweredError(gateways), JOB) is expected
+
+
 def test_warm_up_of_an_unnamed_model_probes_another_path(lab: Lab) -> None:
     """The name comes from an object of tinker's that no contract says anything of."""
 

@@ -25,7 +25,7 @@ class Kind(enum.Enum):
     """What came back instead of a result."""
 
     NO_ANSWER = enum.auto()
-    """None of the pod: no connection, a timeout, a failure in the program; 502, 503, 504."""
+    """None: no connection, a timeout, a failure in the program; a gateway's 502, 503 or 504."""
     GATEWAY_404 = enum.auto()
     """The gateway had no route: the request never reached the pod."""
     UNKNOWN_404 = enum.auto()
@@ -49,18 +49,22 @@ def kind_of(error: BaseException, job: Job) -> Kind:
     try:
         if _verdict.is_route_not_ready(response.status_code, response.content):
             return Kind.NOT_READY
-        if response.status_code in _OF_A_GATEWAY:
+        verdict = _verdict.of_body(response.content)
+        if response.status_code in _WITHOUT_THE_POD and verdict is not Verdict.POD:
             return Kind.NO_ANSWER
         if response.status_code != HTTPStatus.NOT_FOUND or not job.owns(str(response.url)):
             return Kind.ANSWER
-        verdict = _verdict.of_body(response.content)
     except (RuntimeError, httpx.HTTPError):
         # No request attached, or a body that was never read.
         return Kind.ANSWER
     return _KINDS[verdict]
 
 
-_OF_A_GATEWAY = (502, 503, 504)
+_WITHOUT_THE_POD = (
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
 _KINDS = {
     Verdict.GATEWAY: Kind.GATEWAY_404,
     Verdict.UNKNOWN: Kind.UNKNOWN_404,

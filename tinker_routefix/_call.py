@@ -61,6 +61,6 @@ class Call:
         if kind is Kind.NOT_READY:
             self.route.record_fix(Cure.ROUTE_NOT_READY)
         elif kind is Kind.ANSWER:
-            # Any answer shows that the route is there.
+            # The route is there.
             self.route.mark_reachable(proof=False)
         return kind

@@ -125,7 +125,7 @@ class Replay:
         # A 404 says nothing about earlier tries: what may have been carried out is not repeated.
         if self._request.uncertain() is not None:
             return False
-        # Later on, probes that are answered tell as much.
+        # Later, answered probes tell as much.
         if self.wait.backoff.early_in_a_row <= 1 or self.wait.unconfirmed_for() is not None:
             await self.wait.ask(self._request.headers)
         return not self.wait.is_over()

@@ -105,21 +105,21 @@ class RouteWait:
     async def ask(self, headers: Mapping[str, str]) -> None:
         """Ask the control plane; stop waiting for its answer once the route works."""
         asking = asyncio.ensure_future(self.route.control_plane.ask(headers))
-        # Also when it comes later: a person is told of it.
-        asking.add_done_callback(self._record_answer)
-        try:
-            await asyncio.wait((asking,), timeout=ASKED_AT_LEAST)
-            if not asking.done():
-                await self._answered_or_reachable(asking)
-        except asyncio.CancelledError:
-            asking.cancel()
-            raise
-        if asking.done() and asking.result().state in (JobState.ENDED, JobState.STARTING):
-            self.route.warm = False
+        asking.add_done_callback(self._record_running)
+        await asyncio.wait((asking,), timeout=ASKED_AT_LEAST)
+        if not asking.done():
+            await self._answered_or_reachable(asking)
+        if asking.done():
+            self.answer = asking.result()
+            if self.answer.state in (JobState.ENDED, JobState.STARTING):
+                self.route.warm = False
         await self.route.waiters.stagger()
 
-    def _record_answer(self, asking: asyncio.Future[Answer]) -> None:
-        if not asking.cancelled() and asking.exception() is None:
+    def _record_running(self, asking: asyncio.Future[Answer]) -> None:
+        # A late one is told as well, but ends no wait: the pod has answered since.
+        if asking.cancelled() or asking.exception() is not None:
+            return
+        if asking.result().told is Told.RUNNING:
             self.answer = asking.result()
 
     async def _answered_or_reachable(self, asking: asyncio.Future[Answer]) -> None:
