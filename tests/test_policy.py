@@ -357,6 +357,36 @@ def test_retry_with_proof_older_than_the_refusal_waits_for_another(clock: Clock)
     assert on.control_plane.questions == 4
 
 
+def test_retry_sends_nothing_on_proof_from_before_the_refusal(clock: Clock) -> None:
+    on, send = route(), Sender("trained twice")
+    on.control_plane.ago = 100  # type: ignore[attr-defined]
+    with pytest.raises(RefusedError, match="first"):
+        asyncio.run(run(replay(on, send)))
+    assert send.sent == 0
+
+
+@pytest.mark.parametrize("told", [Told.RUNNING, Told.NOTHING])
+def test_retry_takes_proof_from_the_very_moment_of_the_refusal(clock: Clock, told: Told) -> None:
+    """The control plane's, or a success of the pod's."""
+    on, send = route(told), Sender("answer")
+    on.control_plane.ago = 2  # type: ignore[attr-defined]
+    if told is Told.NOTHING:
+        on.mark_reachable(proof=True)
+    assert asyncio.run(run(replay(on, send))) == "answer"
+    assert clock.waits == [2]
+    assert on.proven_at == clock.now
+
+
+def test_retry_neither_waits_nor_sends_after_a_try_that_may_have_been_carried_out(
+    clock: Clock, mocker: MockerFixture
+) -> None:
+    on, send = route(), Sender("trained twice")
+    mocker.patch.object(Request, "uncertain", return_value="was answered HTTP 502")
+    with pytest.raises(RefusedError, match="first"):
+        asyncio.run(run(replay(on, send)))
+    assert (send.sent, clock.waits, on.counters.uncertain) == (0, [], 1)
+
+
 def test_retry_sends_nothing_when_job_ends_during_the_wait(clock: Clock) -> None:
     """RUNNING before the wait, deleted after it: nothing is sent."""
     send = Sender("trained twice")

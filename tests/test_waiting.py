@@ -1127,6 +1127,20 @@ def test_each_loop_has_one_route_to_a_job() -> None:
         second.close()
 
 
+def test_paced_request_counts_as_one_that_waits(time: Time) -> None:
+    waiters, counts = _waiters.Waiters(), []
+
+    async def wait() -> None:
+        waits = asyncio.gather(waiters.wait(2), waiters.pace(1))
+        for _ in range(3):
+            await asyncio.sleep(0.75)
+            counts.append(waiters.count)
+        await waits
+
+    time.run(wait())
+    assert counts == [2, 1, 0]
+
+
 def test_route_without_waiters_needs_no_answer() -> None:
     on = Route(JOB, ControlPlane())  # type: ignore[arg-type]
     assert not on.needs_notice

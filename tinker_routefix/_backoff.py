@@ -51,7 +51,7 @@ class Backoff:
         pace = PACE if self.early_in_a_row < SLOWER_AFTER else SLOWER_PACE
         self.not_before = time.monotonic() + random.uniform(*pace)  # noqa: S311
 
-    def ran_out(self, *, counts: bool = True) -> None:
+    def ran_out(self, *, counts: bool) -> None:
         """Note a wait that has run its length; one for a confirmation does not count."""
         self.early_in_a_row = 0
         self.counted_waits += counts
