@@ -615,6 +615,19 @@ class FakeProber:
         return isinstance(error, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("says", "reachable", "proven"),
+    [("ok", True, True), (ValueError("422"), True, False), (None, False, False)],
+    ids=["success", "an error of the pod", "the gateway's 404"],
+)
+def test_probe_tells_a_route_that_works_and_the_proof_of_its_pod(
+    says: Any, reachable: bool, proven: bool
+) -> None:
+    on = route()
+    assert asyncio.run(_prober.probe_once(on, FakeProber(says))) is reachable
+    assert (on.answered_at > 0, on.proven_at > 0) == (reachable, proven)
+
+
 def warm_up(on: Route, prober: FakeProber, budget: ConnectBudget | None = None) -> None:
     @asynccontextmanager
     async def open_prober() -> Any:
