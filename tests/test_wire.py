@@ -410,7 +410,8 @@ def test_connections_under_many_polls_are_few_and_none_is_cut_or_left_open(
 ) -> None:
     if transport == "pyqwest" and mode == "tcp" and _NAMES_HOST_TWICE:
         pytest.skip("HTTP/1.1 only, where every request in flight has a connection")
-    run = Run(make_wire(mode, transport), many_polls)
+    # None is closed by the servers, for being idle.
+    run = Run(make_wire(mode, transport, idle=600), many_polls)
     record_property("wire", f"shim   {run}")
     wire = run.wire
     if run.error is not None:
