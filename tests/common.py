@@ -150,7 +150,7 @@ class Listener:
 
 def not_excused(found: object) -> None:
     """On CI a failed test is run once more. That it passes then excuses no such finding."""
-    run = Path(os.environ.get("NOX_RUN", "nowhere"))
+    run = Path(os.environ.get("NOX_RUN") or "nowhere")
     if found and run.is_dir():
         with (run / "unexcused.txt").open("a", encoding="utf-8") as file:
             file.write(f"{os.environ.get('PYTEST_CURRENT_TEST')}: {found}\n")

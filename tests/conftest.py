@@ -52,7 +52,7 @@ if OVER_TLS:
 
 pytest_plugins = ["tinker_routefix.lab.pytest_plugin"]
 
-RUN = Path(os.environ.get("NOX_RUN", "nowhere"))
+RUN = Path(os.environ.get("NOX_RUN") or "nowhere")
 """Where nox keeps what its last line tells of."""
 
 
