@@ -150,10 +150,16 @@ class Listener:
 
 def not_excused(found: object) -> None:
     """On CI a failed test is run once more. That it passes then excuses no such finding."""
+    if found:
+        tell_nox("unexcused.txt", f"{os.environ.get('PYTEST_CURRENT_TEST')}: {found}\n")
+
+
+def tell_nox(file: str, what: str) -> None:
+    """Leave something that the run of nox, if there is one, has to know."""
     run = Path(os.environ.get("NOX_RUN") or "nowhere")
-    if found and run.is_dir():
-        with (run / "unexcused.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{os.environ.get('PYTEST_CURRENT_TEST')}: {found}\n")
+    if run.is_dir():
+        with (run / file).open("a", encoding="utf-8") as told:
+            told.write(what)
 
 
 def until(done: Callable[[], bool]) -> None:

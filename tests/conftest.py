@@ -13,7 +13,6 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.common import (
@@ -22,6 +21,7 @@ from tests.common import (
     collect,
     leaks,
     not_excused,
+    tell_nox,
     unexplained_executions,
 )
 
@@ -51,9 +51,6 @@ if OVER_TLS:
     os.environ["SSL_CERT_FILE"] = str(_tls.ca_file())
 
 pytest_plugins = ["tinker_routefix.lab.pytest_plugin"]
-
-RUN = Path(os.environ.get("NOX_RUN") or "nowhere")
-"""Where nox keeps what its last line tells of."""
 
 
 @functools.cache
@@ -89,9 +86,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """On CI a failed test is run once more: what it failed with is told all the same."""
     outcome: str = report.outcome
-    if RUN.is_dir() and outcome == "rerun" and "PYTEST_XDIST_WORKER" not in os.environ:
-        with (RUN / "rerun.txt").open("a", encoding="utf-8") as told:
-            told.write(f"FAILED AT FIRST: {report.nodeid}\n{report.longreprtext}\n\n")
+    if outcome == "rerun" and "PYTEST_XDIST_WORKER" not in os.environ:
+        tell_nox("rerun.txt", f"FAILED AT FIRST: {report.nodeid}\n{report.longreprtext}\n\n")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

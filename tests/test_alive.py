@@ -430,13 +430,18 @@ def test_nothing_connects_any_more_once_there_is_a_client(
     assert all(budget.ended for budget in budgets)
 
 
+def _checkpoint(lab: Lab) -> tuple[Any, str]:
+    """A service client, and the path of a checkpoint that a client of it has saved."""
+    service = programs.service(lab.base_url)
+    first = programs.settled(service.create_lora_training_client(base_model="lab/base", rank=8))
+    return service, programs.save(first, "checkpoint").path
+
+
 def test_client_from_a_checkpoint_has_one_budget_from_its_weights_info_on(
     make_lab: MakeLab, budgets: list[ConnectBudget]
 ) -> None:
     lab = make_lab()
-    service = programs.service(lab.base_url)
-    first = programs.settled(service.create_lora_training_client(base_model="lab/base", rank=8))
-    path = programs.save(first, "checkpoint").path
+    service, path = _checkpoint(lab)
     info = lab.fault(Fault(count=1, when=lambda one: one.path.endswith("/weights_info")))
     model = lab.fault(Fault(kinds=["create_model", "load"], count=1))
     programs.settled(service.create_training_client_from_state(path))
@@ -451,9 +456,7 @@ def test_budget_of_a_client_from_a_checkpoint_outlasts_what_tinker_repeats(
 ) -> None:
     """Its ``weights_info`` has waited, fails, and is sent again by tinker: still one client."""
     lab = make_lab()
-    service = programs.service(lab.base_url)
-    first = programs.settled(service.create_lora_training_client(base_model="lab/base", rank=8))
-    path = programs.save(first, "checkpoint").path
+    service, path = _checkpoint(lab)
 
     def is_info(exchange: Exchange) -> bool:
         return exchange.path.endswith("/weights_info")
@@ -473,9 +476,7 @@ def test_budget_of_a_client_from_a_checkpoint_outlasts_what_tinker_repeats(
 
 def _from_checkpoint(lab: Lab) -> Any:
     """A training client that is created from a checkpoint."""
-    service = programs.service(lab.base_url)
-    first = programs.settled(service.create_lora_training_client(base_model="lab/base", rank=8))
-    path = programs.save(first, "checkpoint").path
+    service, path = _checkpoint(lab)
     lab.stale(3)
     return programs.settled(service.create_training_client_from_state(path))
 

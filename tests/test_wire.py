@@ -418,6 +418,7 @@ def test_connections_under_many_polls_are_few_and_none_is_cut_or_left_open(
         raise run.error
     exact(wire.lab, gradients=IN_FLIGHT, optim_steps=0)
     opened_before, all_before = wire.before
+    assert wire.count(404) >= IN_FLIGHT, "there was no outage"
     assert wire.count(499) == 0, "a client was closed with requests on it"
     assert run.opened - all_before <= OPENED
     until(lambda: wire.connections() <= opened_before + LEFT_OPEN)
