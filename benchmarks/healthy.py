@@ -165,8 +165,7 @@ def report(measured: dict[str, Rows]) -> tuple[str, list[Target]]:
                 f"round trips of {ROUND_TRIP * 1e3:.0f} ms",
                 f"{number(extra_trips)} round trips",
                 extra_trips <= 3,
-                "without TLS; the fresh connections are opened at the same time, so that their "
-                "handshakes add 2 more in all",
+                "without TLS; over TLS see `far`",
             ),
             Target(figures.GAP, "healthy steps", f"{number(gap)} ms", gap <= 15),
         ],

@@ -30,7 +30,8 @@ def export() -> Callable[[], None]:
             span.add_event(event.name, attributes, timestamp=at)
         if isinstance(event, events.Refused):
             refused.add(1, {"routefix.job": event.job})
-        elif isinstance(event, events.Recovered | events.GivenUp):  # FailedFast is a GivenUp
+        # FailedFast is a GivenUp.
+        elif isinstance(event, events.Recovered | events.GivenUp | events.Uncertain):
             seconds.record(event.seconds, {"routefix.outcome": event.name})
             began = at - int(event.seconds * 1e9)
             tracer.start_span(event.name, start_time=began, attributes=attributes).end(at)

@@ -28,7 +28,8 @@ def export(registry: CollectorRegistry = REGISTRY) -> Callable[[], None]:
             refused.labels(event.job).inc()
         elif isinstance(event, events.WarmupEnded):
             seconds.labels("warmup", event.outcome).observe(event.seconds)
-        elif isinstance(event, events.Recovered | events.GivenUp):  # FailedFast is a GivenUp
+        # FailedFast is a GivenUp.
+        elif isinstance(event, events.Recovered | events.GivenUp | events.Uncertain):
             outcome = event.name.removeprefix("route.")
             seconds.labels("request", outcome).observe(event.seconds)
 

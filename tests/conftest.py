@@ -137,7 +137,7 @@ def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _end_clients() -> None:
-    """Cancel what is left of the test on tinker's loop: nothing of it is met by the next one.
+    """Cancel what is left of the test on tinker's loop: the next one has none of it beside it.
 
     A client sends heartbeats and telemetry, and a request waits, for as long as there is a process.
     """

@@ -948,6 +948,33 @@ def test_heartbeat_of_an_ended_job_renews_no_connection(make_lab: MakeLab) -> No
     _connections_of_heartbeats_stay(lab, client)
 
 
+def test_answer_that_comes_too_late_does_not_keep_heartbeats_at_a_stale_replica(
+    make_lab: MakeLab,
+) -> None:
+    """A resumed job's old state: the request was through before it came."""
+    lab = make_lab(replicas=2)
+    client = connect(lab.base_url)
+    lab.control_plane.state, lab.control_plane.delay = "JOB_STATE_COMPLETED", 1.8
+    lab.fault(Fault(kinds=["optim_step"], count=1))
+    train(client)
+    until(lambda: programs.route_of(lab).job_ended)
+    stale: list[int | None] = []
+
+    def at_the_same(exchange: Exchange) -> bool:
+        stale.append(exchange.replica)
+        return exchange.replica == stale[0]
+
+    lab.fault(Fault(kinds=["heartbeat"], when=at_the_same))
+    end = time.monotonic() + 30
+    while True:
+        try:
+            _heartbeat(client)
+            return
+        except tinker.NotFoundError:
+            assert time.monotonic() < end
+            time.sleep(0.5)
+
+
 def _connections_of_heartbeats_stay(lab: Lab, client: Any) -> None:
     _settled(lab)
     before = len(lab.exchanges)
@@ -1211,6 +1238,10 @@ def test_client_made_for_one_that_tinker_replaces_meanwhile_is_closed(
     unused = _unused(client, lab, made[before:])
     assert unused
     until(lambda: all(one.is_closed() for one in unused))
+    # And the replay went over the one that tinker has put there.
+    first, *_, last = (e.connection for e in lab.exchanges if e.kind == "healthz")
+    assert first != last
+    until(lambda: first not in _open(lab))
 
 
 @pytest.mark.parametrize("pyqwest", [False, True], ids=["httpx", "pyqwest"])

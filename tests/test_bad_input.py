@@ -1,4 +1,4 @@
-"""404s and answers of the control plane that nobody expects, met by a real tinker.
+"""404s and responses of the control plane that nobody expects, with a real tinker.
 
 Whatever stands in them, what comes out is what the table in docs/failures.md says: the request gets
 through, or the caller gets plain tinker's own error. What the single functions make of such

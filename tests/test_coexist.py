@@ -1,4 +1,4 @@
-"""Other packages that patch the same ground, in both import orders.
+"""Other packages that patch the same functions, in both import orders.
 
 Each case is a program of its own: the other package is set up before the shim or after it,
 the race is survived, the other package still sees what it is there to see, and uninstalling

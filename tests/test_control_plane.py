@@ -1031,6 +1031,13 @@ def test_own_client_that_hangs_is_overtaken_by_a_question_as_the_environment_say
     assert lab.control_plane.questions == 1
 
 
+def test_slow_own_client_is_heard_although_the_environments_way_fails(trusted_by_few: Lab) -> None:
+    trusting = ssl.create_default_context(cafile=trusted_by_few.ca_file)
+    trusted_by_few.fault(Fault(kinds=["control_plane"], at="control_plane", answer=None, delay=2.5))
+    own = functools.partial(httpx.AsyncClient, verify=trusting)
+    assert _ask_with(own, trusted_by_few).message == "JOB_STATE_RUNNING"
+
+
 def test_own_client_is_asked_with_again_once_the_environments_way_has_failed(
     trusted_by_few: Lab,
 ) -> None:

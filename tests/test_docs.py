@@ -1,6 +1,6 @@
 """What the documentation says is so: its programs run, and what it names exists.
 
-Each check looks at the texts and returns its complaints; with a text that has been tampered
+Each check looks at the texts and returns its problems; with a text that has been tampered
 with, each is seen to complain. Whether the pages build is for `mkdocs build --strict`.
 """
 
@@ -239,17 +239,17 @@ def table_of_events(pages: Pages) -> list[str]:
     text = pages[OPERATIONS]
     (rows,) = tables(text, "event", "level", "fields")
     there = log_lines()
-    complaints = both_ways("log lines", {name for row in rows for name in code(row[0])}, {*there})
+    problems = both_ways("log lines", {name for row in rows for name in code(row[0])}, {*there})
     for row in rows:
         (name,) = code(row[0])
         line = there.get(name, Line(set(), set()))
-        complaints += both_ways(
+        problems += both_ways(
             f"levels of {name}", set(re.findall(r"[A-Z]{4,}", row[1])), line.levels
         )
-        complaints += both_ways(f"fields of {name}", set(code(row[2])), line.fields)
+        problems += both_ways(f"fields of {name}", set(code(row[2])), line.fields)
     (rows,) = tables(text, "field", "meaning")[:1]
     fields = set().union(*(line.fields for line in there.values())) | {"skipped"}
-    return complaints + both_ways("fields", {name for row in rows for name in code(row[0])}, fields)
+    return problems + both_ways("fields", {name for row in rows for name in code(row[0])}, fields)
 
 
 def counters(pages: Pages) -> list[str]:
@@ -268,7 +268,7 @@ def counters(pages: Pages) -> list[str]:
 
 
 def states(pages: Pages) -> list[str]:
-    """What a control plane's word can mean has an advice each."""
+    """Each state of a job has its advice."""
     from tinker_routefix._job_state import JobState
 
     (rows,) = tables(pages["docs/failures.md"], "`state`")
@@ -279,41 +279,41 @@ def command_line(pages: Pages) -> list[str]:
     """The page of the command line has every command, with its options and its exit codes."""
     parts = re.split(r"^## (\w+)$", pages[COMMANDS], flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    complaints = both_ways("commands", {*sections}, {*commands()})
+    problems = both_ways("commands", {*sections}, {*commands()})
     for name, text in sections.items():
         if name not in commands():
             continue
         said = {
             option for (row, *_) in itertools.chain(*tables(text, "option")) for option in code(row)
         }
-        complaints += both_ways(f"options of {name}", said, options(commands()[name]))
+        problems += both_ways(f"options of {name}", said, options(commands()[name]))
         codes = {int(row[0]) for table in tables(text, "exit code") for row in table}
         there = EXIT_CODES.get(name, set())
-        complaints += both_ways(f"exit codes of {name}", {*map(str, codes)}, {*map(str, there)})
-    return complaints
+        problems += both_ways(f"exit codes of {name}", {*map(str, codes)}, {*map(str, there)})
+    return problems
 
 
 def report_of_check(pages: Pages) -> list[str]:
     """The schema of `check --json` and the page of the command line have every field of it."""
     schema = json.loads(pages[SCHEMA])["$defs"]
-    complaints = []
+    problems = []
     for name, kind, header in (
         ("report", check_report.Report, "field"),
         ("change", check_report.Change, "of a change"),
     ):
         there = {field.name for field in dataclasses.fields(kind)}
         (rows,) = tables(pages[COMMANDS], header, "meaning")
-        complaints += both_ways(f"{name}, table", {code(row[0])[0] for row in rows}, there)
-        complaints += both_ways(f"{name}, schema", {*schema[name]["properties"]}, there)
-        complaints += both_ways(f"{name}, required", {*schema[name]["required"]}, there)
+        problems += both_ways(f"{name}, table", {code(row[0])[0] for row in rows}, there)
+        problems += both_ways(f"{name}, schema", {*schema[name]["properties"]}, there)
+        problems += both_ways(f"{name}, required", {*schema[name]["required"]}, there)
     codes = {str(int(code)) for code in check_report.Exit} - {"2"}
     said = {str(code) for code in schema["report"]["properties"]["exit_code"]["enum"]}
-    return complaints + both_ways("exit codes, schema", said, codes)
+    return problems + both_ways("exit codes, schema", said, codes)
 
 
 def called(pages: Pages) -> list[str]:
     """Every call of the command line that is shown is one that it takes."""
-    complaints = []
+    problems = []
     for path in PROSE:
         for text in itertools.chain(shell(pages[path]), spans(pages[path])):
             match = re.search(
@@ -323,11 +323,11 @@ def called(pages: Pages) -> list[str]:
                 continue
             name, *arguments = shlex.split(match[1])
             if name not in commands():
-                complaints.append(f"{path}: there is no command {name}")
+                problems.append(f"{path}: there is no command {name}")
             # Without arguments it is only named, and placeholders have no values.
             elif arguments and not _takes(name, arguments):
-                complaints.append(f"{path}: {name} does not take {' '.join(arguments)}")
-    return complaints
+                problems.append(f"{path}: {name} does not take {' '.join(arguments)}")
+    return problems
 
 
 def _takes(name: str, arguments: list[str]) -> bool:
@@ -346,13 +346,13 @@ def _takes(name: str, arguments: list[str]) -> bool:
 def sessions_of_nox(pages: Pages) -> list[str]:
     """Every session of nox that is named exists, and the guide for contributors has them all."""
     named = words(pages, r"\bnox -s '?([a-z]+(?:-[a-z]+)*)", *PROSE)
-    complaints = [f"nox has no session {name}" for name in sorted(named - sessions().keys())]
+    problems = [f"nox has no session {name}" for name in sorted(named - sessions().keys())]
     parts = zip(tables(pages[CONTRIBUTING], "session", "what it shows"), TAGS, strict=True)
     for rows, tag in parts:
         said = {name for row in rows for name in code(row[0])}
         there = {name for name, runs in sessions().items() if runs == tag}
-        complaints += both_ways("sessions", said, there)
-    return complaints
+        problems += both_ways("sessions", said, there)
+    return problems
 
 
 def paths(pages: Pages) -> list[str]:
@@ -382,7 +382,7 @@ def paths(pages: Pages) -> list[str]:
 
 def public_names(pages: Pages) -> list[str]:
     """The reference has every public name, and every name that is used anywhere is public."""
-    complaints = []
+    problems = []
     for path, there in (
         ("docs/reference/index.md", {*tinker_routefix.__all__} - {"__version__", "subscribe"}),
         ("docs/reference/events.md", {*events.__all__}),
@@ -390,10 +390,10 @@ def public_names(pages: Pages) -> list[str]:
     ):
         named = r"^(?:::: tinker_routefix\.(?!events$|lab$)| +- )(\w+)$"
         members = set(re.findall(named, pages[path], re.MULTILINE))
-        complaints += both_ways(path, members, there)
+        problems += both_ways(path, members, there)
     used = words(pages, r"\btinker_routefix\.(\w+)(?=[\W_]*)", *PROSE)
     shown = {*tinker_routefix.__all__, "events", "lab", "pth", "start"}
-    return complaints + [f"tinker_routefix has no {name}" for name in sorted(used - shown)]
+    return problems + [f"tinker_routefix has no {name}" for name in sorted(used - shown)]
 
 
 def the_readmes_commands(pages: Pages) -> list[str]:
@@ -408,11 +408,11 @@ def the_readmes_commands(pages: Pages) -> list[str]:
 
 def workflows(pages: Pages) -> list[str]:
     """Actions are pinned, rights are few, and a release is tested on every Python."""
-    complaints = []
+    problems = []
     for path in pages:
         if "/workflows/" not in path:
             continue
-        complaints += [
+        problems += [
             f"{path}: {action} is not pinned by the hash of a release"
             for action in re.findall(r"uses: (.+)", pages[path])
             if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
@@ -422,38 +422,38 @@ def workflows(pages: Pages) -> list[str]:
             rights = job.get("permissions") or {}
             allowed = {"id-token"} if (path, name) == (RELEASE, "publish") else {"contents"}
             if set(rights) - allowed or rights.get("contents", "read") != "read":
-                complaints.append(f"{path}: {name} may do more than it needs: {rights}")
+                problems.append(f"{path}: {name} may do more than it needs: {rights}")
     jobs = yaml.safe_load(pages[RELEASE])["jobs"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     pythons = re.findall(r":: (3\.\d+)'", str(project["classifiers"]))
     if jobs["test"]["strategy"]["matrix"]["python"] != pythons:
-        complaints.append(f"a release is not tested on {pythons}")
+        problems.append(f"a release is not tested on {pythons}")
     pythons = files.matrix()["pythons"]
     if yaml.safe_load(pages[CI])["jobs"]["tests"]["strategy"]["matrix"]["python"] != pythons:
-        complaints.append(f"CI does not run on {pythons}")
+        problems.append(f"CI does not run on {pythons}")
     if jobs["publish"].get("if") != "github.ref_type == 'tag'":
-        complaints.append("not only a tag is published")
+        problems.append("not only a tag is published")
     if set(jobs["publish"]["needs"]) != {"build", "test"}:
-        complaints.append("what is published need not have been tested")
-    return complaints
+        problems.append("what is published need not have been tested")
+    return problems
 
 
 def forms(pages: Pages) -> list[str]:
     """Who reports something is asked for what is needed, and warned of pasting keys."""
-    complaints = []
+    problems = []
     for path in pages:
         if "ISSUE_TEMPLATE" not in path or path.endswith("config.yml"):
             continue
         body = yaml.safe_load(pages[path])["body"]
         names = [part["id"] for part in body if part["type"] != "markdown"]
         if len(set(names)) != len(names):
-            complaints.append(f"{path}: two parts have one id")
+            problems.append(f"{path}: two parts have one id")
         if "Do not paste keys" not in body[0]["attributes"].get("value", ""):
-            complaints.append(f"{path}: nobody is warned of pasting keys")
+            problems.append(f"{path}: nobody is warned of pasting keys")
         labels = [part["attributes"].get("label", "") for part in body]
         if "tinker-routefix status --json" not in labels:
-            complaints.append(f"{path}: nobody asks for the status")
-    return complaints
+            problems.append(f"{path}: nobody asks for the status")
+    return problems
 
 
 def recipes_are_run(pages: Pages) -> list[str]:
@@ -472,30 +472,30 @@ def recipes_are_run(pages: Pages) -> list[str]:
 
 def offline(pages: Pages) -> list[str]:
     """Nothing that a browser shows is fetched from elsewhere: Mermaid would be, by the theme."""
-    complaints = [
+    problems = [
         f"{path}: a Mermaid diagram is drawn by a script from a server"
         for path in PROSE
         if any(language == "mermaid" for language, _ in fences(pages[path]))
     ]
-    complaints += [
+    problems += [
         f"{path}: shows {picture} of another server"
         for path in PROSE
         for picture in re.findall(r"!\[[^]]*\]\((https?:[^)]+)\)", pages[path])
     ]
     font = re.search(r"^  font: (\w+)$", pages["mkdocs.yml"], re.MULTILINE)
     if font is None or font[1] != "false":
-        complaints.append("mkdocs.yml: fonts are fetched from a server")
-    return complaints
+        problems.append("mkdocs.yml: fonts are fetched from a server")
+    return problems
 
 
 def readme(pages: Pages) -> list[str]:
     """The README is short, says first what people have on their screen, and shows anywhere."""
     text = pages["README.md"]
     lines = text.splitlines()
-    complaints = [f"line of {len(line)} columns: {line}" for line in lines if len(line) > 100]
+    problems = [f"line of {len(line)} columns: {line}" for line in lines if len(line) > 100]
     for what, count, most in (("lines", len(lines), 120), ("words", len(text.split()), 900)):
         if count > most:
-            complaints.append(f"{count} {what}, more than {most}")
+            problems.append(f"{count} {what}, more than {most}")
     first = text.partition("```python")[0]
     texts = (
         "NotFoundError: Error code: 404",
@@ -503,16 +503,16 @@ def readme(pages: Pages) -> list[str]:
         "ValueError: Error retrieving result",
         "/training/v1/rlorTrainerJobs/",
     )
-    complaints += [f"the line comes before {said!r}" for said in texts if said not in first]
+    problems += [f"the line comes before {said!r}" for said in texts if said not in first]
     # Package indexes show it without the files beside it.
-    complaints += [
+    problems += [
         f"{target} is relative"
         for target in re.findall(r"\]\(([^)]+)\)", text)
         if not target.startswith("https://")
     ]
     if "**The shim never adds an execution.**" not in text:
-        complaints.append("the promise is another one")
-    return complaints
+        problems.append("the promise is another one")
+    return problems
 
 
 def found_by_error_text(pages: Pages) -> list[str]:

@@ -184,7 +184,7 @@ def test_retry_succeeds_immediately_when_no_404(clock: Clock) -> None:
     """The request is sent once, and that is all: no question, no wait, nothing counted."""
     on, send, client = route(), Sender("answer"), SimpleNamespace()
     pool: Any = SimpleNamespace(route=on)
-    setattr(client, MARK, PooledClient(client, pool))
+    setattr(client, MARK, PooledClient(client, pool, 0))
 
     async def request(*_: object) -> Any:
         return await send()
@@ -409,7 +409,7 @@ def test_retry_propagates_non_404_immediately(clock: Clock, error: BaseException
 
 
 def test_retry_released_early_uses_no_counted_wait_and_asks_no_more(clock: Clock) -> None:
-    """Ten early releases that meet the 404 again: no full wait is used up by them."""
+    """Ten early releases that get the 404 again: no full wait is used up by them."""
     clock.on_wait = lambda now: now < 1010
     on, send = route(), Sender(*[None] * 10, "answer")
     assert asyncio.run(run(replay(on, send))) == "answer"

@@ -27,7 +27,7 @@ Plain = Callable[[], AbstractContextManager[None]]
 NOT_READY = Answer(503, {"error": "try again", "queue_state": "route_not_ready"})
 STALE = Answer(404, {"error": {"message": "the route is stale", "code": "ROUTE_STALE"}})
 
-# --- The last words of a process ---------------------------------------------------------
+# --- What a process says at its end ------------------------------------------------------
 
 PROGRAM = """
 import logging, sys

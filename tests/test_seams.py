@@ -382,7 +382,10 @@ def test_uninstall_during_a_connect_lets_it_finish(lab: Lab) -> None:
         programs.train(client)
 
 
-def test_replaced_seam_that_cannot_be_wrapped_is_reported_once(lab: Lab, overheard: Any) -> None:
+@pytest.mark.parametrize("signed", [True, False], ids=["no coroutine", "no signature"])
+def test_replaced_seam_that_cannot_be_wrapped_is_reported_once(
+    lab: Lab, overheard: Any, *, signed: bool
+) -> None:
     from tests import programs
 
     future = OWNERS["_APIFuture._result_async"]
@@ -391,7 +394,12 @@ def test_replaced_seam_that_cannot_be_wrapped_is_reported_once(lab: Lab, overhea
     def theirs(self: Any) -> Any:
         return ours.__wrapped__(self)
 
-    future._result_async = theirs
+    async def unsigned(self: Any, *args: Any) -> Any:
+        return await ours.__wrapped__(self, *args)
+
+    # As of a function that is written in C.
+    unsigned.__signature__ = "none"  # type: ignore[attr-defined]
+    future._result_async = theirs if signed else unsigned
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", tinker_routefix.RoutefixWarning)
@@ -477,6 +485,45 @@ CONNECT_BY_NAME = (
 def test_shim_works_in_any_import_order(imports: str, connect: str) -> None:
     ended = run_python(PROGRAM.format(imports=imports, connect=connect))
     assert (ended.stdout, ended.returncode) == ("survived", 0), ended.stderr
+
+
+IMPORTED_MEANWHILE = """
+import sys, threading, warnings
+warnings.simplefilter("error")
+halfway, go_on = threading.Event(), threading.Event()
+
+def defines(module, name):
+    return hasattr(sys.modules.get(f"tinker.{module}"), name)
+
+def stop_halfway(event, _):
+    begun = event == "import" and "tinker.lib.api_future_impl" in sys.modules
+    if begun and not halfway.is_set() and not defines("lib.api_future_impl", "_APIFuture"):
+        others = defines("lib.internal_client_holder", "InternalClientHolder")
+        if others and defines("_client", "AsyncTinker"):
+            halfway.set()
+            go_on.wait(60)
+
+sys.addaudithook(stop_halfway)
+other = threading.Thread(target=lambda: __import__("tinker.lib.api_future_impl"))
+other.start()
+while other.is_alive() and not halfway.wait(0.1):
+    pass
+import wrapt, tenacity.asyncio  # What takes time, and is not what is waited for.
+threading.Timer(0.5, go_on.set).start()
+import tinker_routefix
+other.join()
+import tinker.lib.api_future_impl
+assert tinker_routefix.status().active, tinker_routefix.status().reason
+sys.stdout.write(f"halfway: {halfway.is_set()}")
+"""
+
+
+def test_import_beside_a_thread_that_imports_tinker_waits_for_it() -> None:
+    ended = run_python(IMPORTED_MEANWHILE)
+    assert ended.returncode == 0, ended.stderr
+    if ended.stdout == "halfway: False":
+        pytest.skip("this release imports nothing else between its three modules")
+    assert ended.stdout == "halfway: True"
 
 
 @pytest.mark.core

@@ -326,7 +326,7 @@ def test_404_on_a_shared_sample_poll_is_survived(make_lab: MakeLab, plain: Plain
         programs.sample(sampler)
 
     config = {"sample_use_retrieve_futures": True}
-    # The poller of 0.26.2 and 0.27.0 takes no error for final; every other release crashes.
+    # The poller of 0.26.2 and 0.27.0 polls again after any error; every other release crashes.
     crash = pytest.raises(Exception, match="404")
     patient = metadata.version("tinker") in ("0.26.2", "0.27.0")
     with plain(), contextlib.nullcontext() if patient else crash:
@@ -390,7 +390,7 @@ def test_outage_with_a_hundred_futures_in_flight_is_survived(
 def test_half_of_the_replicas_stale_for_20_seconds_is_survived(
     make_lab: MakeLab, plain: Plain
 ) -> None:
-    """An early release that meets the 404 again costs none of the four replays."""
+    """An early release that gets the 404 again costs none of the four replays."""
 
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)

@@ -1,4 +1,4 @@
-"""Whose 404 it is, which job a URL leads to, and what the control plane's words mean."""
+"""Whose 404 it is, which job a URL leads to, and what the control plane's responses mean."""
 
 from __future__ import annotations
 

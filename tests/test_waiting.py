@@ -12,6 +12,7 @@ import gc
 import logging
 import re
 import selectors
+import threading
 import weakref
 from collections import Counter
 from contextlib import asynccontextmanager
@@ -1059,7 +1060,7 @@ ENDED = (
     "resume from its last checkpoint on one that runs: it has ended, is suspended or is not visible"
 )
 STARTING = "calls the route healthy: the job does not run yet"
-UNKNOWN = "without a usable response of it no request is replayed"
+UNKNOWN = "without a usable response of it a request is replayed only after the job has answered"
 REFUSED = "What to do: check the key, and with"
 
 
@@ -1230,6 +1231,38 @@ def test_last_intervention_outlives_dropped_counters(mocker: Any) -> None:
     assert tinker_routefix.status().last_intervention == last
 
 
+class AsksForStatus(logging.Handler):
+    """A handler of the program's that adds what the shim is doing."""
+
+    def emit(self, _: logging.LogRecord) -> None:
+        tinker_routefix.status()
+
+
+def test_log_handler_may_ask_for_the_status_when_a_route_is_first_seen(
+    settings: Callable[..., None],
+) -> None:
+    settings(strict=False)
+    handler = AsksForStatus()
+    logger = logging.getLogger("tinker_routefix")
+
+    async def first_seen() -> None:
+        # Its control plane may not be asked, which is logged.
+        _routes.route_to(Job("http://gateway.example:8080", "acct", "first-seen"))
+
+    def see() -> None:
+        thread = threading.Thread(target=lambda: asyncio.run(first_seen()), daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+
+    logger.addHandler(handler)
+    try:
+        with pytest.warns(tinker_routefix.RoutefixWarning, match="is not asked"):
+            see()
+    finally:
+        logger.removeHandler(handler)
+
+
 # --- Fresh connections ----------------------------------------------------------------------
 
 
@@ -1255,8 +1288,8 @@ def test_second_connection_is_tried_unless_the_route_is_lost_everywhere(
         def replacement(self) -> Any:
             return make
 
-        def swap(self, *_: object) -> bool:
-            return True
+        def swap(self, _: object, new: PooledClient) -> PooledClient:
+            return new
 
         async def answers(self, _: object) -> bool:
             return False
@@ -1268,7 +1301,7 @@ def test_second_connection_is_tried_unless_the_route_is_lost_everywhere(
         on.answered_at = time.now - answered_ago
         on.waiters._paced = waiters
         pool: Any = Pool()
-        pooled = PooledClient("old", pool)
+        pooled = PooledClient("old", pool, 0)
         pooled.stale = True
         await pooled.fresh()
 

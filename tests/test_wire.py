@@ -578,7 +578,7 @@ def test_workers_that_come_back_with_a_stale_route_end_plain_tinker_and_not_the_
     plain.died_of_404()
     if (mode, transport) == ("tcp", "httpx") and shim.error is not None:
         # httpx does not see that an idle HTTP/2 connection was closed: the optim_step goes out over
-        # one, gets no answer, and where tinker's repeat meets the stale replica nobody can know.
+        # one, gets no answer, and where tinker's repeat gets to the stale replica nobody can know.
         shim.died_of_404()
         assert tinker_routefix.may_have_been_carried_out(shim.error)
         assert shim.done == plain.done

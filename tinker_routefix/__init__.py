@@ -1,8 +1,8 @@
 """Survive stale gateway routes in tinker training runs.
 
 ``import tinker_routefix`` patches the tinker SDK so that creating a training client warms
-the gateway's route up, and a 404 of the gateway is replayed once the control plane has
-said that the job runs. ``TINKER_ROUTEFIX=0`` switches it off.
+the gateway's route up, and a 404 of the gateway is replayed once the control plane, or an
+answer of the trainer, has shown that the job runs. ``TINKER_ROUTEFIX=0`` switches it off.
 
 The import itself loads neither tinker nor httpx; switched off, it loads next to nothing.
 """

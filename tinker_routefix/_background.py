@@ -33,7 +33,9 @@ def is_background(path: str, route: Route, *, connecting: bool) -> bool:
 
 def renew_if_heartbeat(path: str, pooled: PooledClient) -> None:
     """Renew the client of a heartbeat: it is kept alive to a replica that may stay stale."""
-    if path == HEARTBEAT and not pooled.pool.route.job_ended:
+    route = pooled.pool.route
+    # What nobody was told, may have been a late answer of a job that goes on.
+    if path == HEARTBEAT and not (route.given_up and route.job_ended):
         pooled.stale = True
         pooled.renew()
 

@@ -86,11 +86,7 @@ def _pooled_client(client: Any, pool: Any) -> PooledClient | None:
         known = _first_seen(client, pool)
     if known is None:
         return None
-    pooled: PooledClient | None = getattr(client, MARK, None)
-    if pooled is None:
-        pooled = PooledClient(client, known)
-        setattr(client, MARK, pooled)
-    return pooled
+    return known.pooled(client)
 
 
 def _first_seen(client: Any, pool: Any) -> Pool | None:
@@ -167,16 +163,27 @@ class Pool:
                 break
         return client
 
-    def swap(self, old: Any, new: PooledClient) -> bool:
-        """Put a new client where the old one was; False where that is not there any more."""
-        clients: list[Any] = [] if self.closed else self._pool._clients
-        for index, client in enumerate(clients):
-            if client is old:
-                setattr(new.client, MARK, new)
-                clients[index] = new.client
-                return True
-        # Closed, or tinker itself has put another one there.
-        return False
+    def pooled(self, client: Any) -> PooledClient:
+        """What is known of one of its clients."""
+        known: PooledClient | None = getattr(client, MARK, None)
+        if known is None:
+            known = PooledClient(client, self, self._pool._clients.index(client))
+            setattr(client, MARK, known)
+        return known
+
+    def swap(self, old: PooledClient, new: PooledClient) -> PooledClient:
+        """Put a new client where the old one was; what stands there then, or was there already.
+
+        tinker itself puts another one there where an edge has refused the connection.
+        """
+        if self.closed:
+            return old
+        standing = self._pool._clients[old.slot]
+        if standing is not old.client:
+            return self.pooled(standing)
+        setattr(new.client, MARK, new)
+        self._pool._clients[old.slot] = new.client
+        return new
 
     async def answers(self, client: Any) -> bool:
         """Whether a new client's connection answers a probe."""

@@ -56,9 +56,11 @@ class _Pace:
 class PooledClient:
     """One client of a pool: who uses it, and what has replaced it."""
 
-    def __init__(self, client: Any, pool: Pool, pace: _Pace | None = None) -> None:
+    def __init__(self, client: Any, pool: Pool, slot: int, pace: _Pace | None = None) -> None:
         self.client = client
         self.pool = pool
+        self.slot = slot
+        """Its place in the pool, which its successor takes."""
         self.stale = False
         self.successor: PooledClient | None = None
         self._reentrant_tasks: set[asyncio.Task[Any] | None] = set()
@@ -98,10 +100,9 @@ class PooledClient:
         """Have it replaced in the background, for a request that is not replayed."""
         _threads.in_background(self.fresh)
 
-    def __enter__(self) -> PooledClient:
+    def __enter__(self) -> None:
         """The client is in use, and must stay open meanwhile."""
         self._users += 1
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._users -= 1
@@ -128,10 +129,11 @@ class PooledClient:
                 # The user's own HTTP client: not ours to replace. Go on with it.
                 self.stale = False
                 return
-            successor = PooledClient(client, self.pool, self._pace)
-            if not self.pool.swap(self.client, successor):
-                self.stale = False
+            successor = self.pool.swap(self, PooledClient(client, self.pool, self.slot, self._pace))
+            if successor.client is not client:
                 await self.pool.close(client)
+            if successor is self:
+                self.stale = False
                 return
         except Exception as error:  # noqa: BLE001 - a connection is never worth a new error
             # Go on with the old client: it may have a stale connection, but it works.

@@ -121,7 +121,8 @@ def _advice(wait: RouteWait) -> str:
         )
     return (
         f"see with {check} whether the control plane can be reached from here: without a "
-        "usable response of it no request is replayed, as the job may have ended"
+        "usable response of it a request is replayed only after the job has answered another one, "
+        "as it may have ended"
     )
 
 

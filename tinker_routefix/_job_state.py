@@ -48,7 +48,7 @@ _ENDED = frozenset(
 
 
 class JobState(enum.Enum):
-    """What the control plane's answer means for a request that was refused."""
+    """What the control plane's response means for a request that was refused."""
 
     _value_: State
     RUNNING = "running"
@@ -136,7 +136,7 @@ _NOT_VISIBLE = frozenset({7, "PERMISSION_DENIED"})
 
 
 def read_answer(status: int, body: bytes) -> tuple[Told, str]:
-    """The meaning of an answer of the control plane; never raises."""
+    """The meaning of a response of the control plane; never raises."""
     try:
         document: Any = json.loads(body)
     except (ValueError, RecursionError):

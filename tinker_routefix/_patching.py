@@ -8,6 +8,7 @@ post-import hooks wait for its modules.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
 import inspect
@@ -64,13 +65,10 @@ class _MissingSeamError(Exception):
 
 
 _FOLLOW_TRIES = ("_requests:follow_submission", "_requests:note_try")
-"""The wrappers that see what tinker repeats."""
-
 _lock = threading.RLock()
 _ledger: list[_Patch] = []
 _loaded: set[str] = set()
-_hooked = False
-_active = False
+_hooked = _active = False
 _missing: dict[str, str] = {}
 """Why an SDK is not patched, by its name."""
 _complained: set[Seam] = set()
@@ -82,7 +80,7 @@ def is_active() -> bool:
 
 
 def follows_tries() -> bool:
-    """Whether what tinker repeats can still be seen: nobody has taken those wrappers away."""
+    """Whether what tinker repeats can still be seen: nobody has taken these wrappers away."""
     with _lock:
         return _active and all(
             _state(patch.seam) is not SeamState.REPLACED
@@ -119,6 +117,10 @@ def install() -> None:
         _hooked = True
     # Outside of the lock: a hook for a module that is there already runs at once.
     for module in sorted({seam.module for sdk in SDKS for seam in sdk.seams}):
+        if module in sys.modules:
+            # Another thread may be in the midst of importing it: wait for that.
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
         wrapt.when_imported(module)(_module_came)
 
 
@@ -197,10 +199,9 @@ def _probe(seam: Seam) -> _Patch:
 
 
 def _behaviour(seam: Seam) -> Callable[..., Any]:
-    module, _, function = seam.wrapper.partition(":")
-    behaviour: Callable[..., Any] = getattr(
-        importlib.import_module(f"{__package__}.{module}"), function
-    )
+    name, _, function = seam.wrapper.partition(":")
+    module: Any = importlib.import_module(f"{__package__}.{name}")
+    behaviour: Callable[..., Any] = getattr(module, function)
     return behaviour
 
 
@@ -270,15 +271,14 @@ def _wrap_again(sdk: Sdk, seam: Seam) -> None:
         (lost,) = (patch for patch in _ledger if patch.seam is seam)
         try:
             patch = _probe(seam)
-        except _MissingSeamError as error:
+        except Exception as error:  # noqa: BLE001 - what stands there is not ours
             if seam not in _complained:
                 _complained.add(seam)
-                what = f"{seam.attribute} of {sdk.name} {release_of(sdk.distribution)}"
                 _log.warn(
                     "shim.cannot_help",
-                    f"tinker_routefix: {what} has been replaced by another package after the shim "
-                    f"wrapped it, and what stands there now cannot be wrapped: {error}. What the "
-                    "shim does there no longer works; import tinker_routefix after that package.",
+                    f"{seam.attribute} of {sdk.name} {release_of(sdk.distribution)} was replaced by "
+                    f"another package, and what stands there cannot be wrapped: {error}. There the "
+                    "shim no longer works; import tinker_routefix after that package.",
                 )
             return
         setattr(patch.owner, patch.name, patch.wrapper)

@@ -74,19 +74,29 @@ async def hedged_with_timeout(seconds: float, fetch: Callable[[], Coroutine[Any,
     """
     slice_ = seconds / SLICES
     tries = [asyncio.ensure_future(fetch())]
+    under_way = {*tries}
     try:
         for number in range(SLICES):
             if len(tries) == 1 and number * slice_ >= HEDGE_AFTER:
                 tries.append(asyncio.ensure_future(fetch()))
-            done, _ = await asyncio.wait(tries, timeout=slice_, return_when=asyncio.FIRST_COMPLETED)
-            if done:
-                return done.pop().result()
+                under_way.add(tries[-1])
+            done, under_way = await asyncio.wait(
+                under_way, timeout=slice_, return_when=asyncio.FIRST_COMPLETED
+            )
+            for one in sorted(done, key=_has_failed):
+                # The failure of one says nothing while the other is under way.
+                if not (under_way and _has_failed(one)):
+                    return one.result()
         raise TimeoutError
     finally:
         for one in tries:
             one.cancel()
             # Whatever the other one ends with, nobody asks for it.
             one.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+def _has_failed(one: asyncio.Future[Any]) -> bool:
+    return one.cancelled() or one.exception() is not None
 
 
 class Connections:

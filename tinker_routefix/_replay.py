@@ -1,4 +1,4 @@
-"""Send a refused request again, once the control plane says that its job runs.
+"""Send a refused request again, once it is known that its job runs.
 
 What the gateway refuses never reached the pod, so the very same request (same body, same
 ``seq_id``, same idempotency key) can be sent again without training anything twice.

@@ -38,12 +38,16 @@ def route_to(job: Job) -> Route:
     with _lock:
         routes = _routes.setdefault(loop, weakref.WeakValueDictionary())
         route = routes.get(job)
-        if route is None:
-            counters = _counters.setdefault(job, Counters())
-            _counters.move_to_end(job)
-            route = routes[job] = Route(job, ControlPlane(job, counters), counters)
-            _forget_unused()
-        return route
+        if route is not None:
+            return route
+        counters = _counters.setdefault(job, Counters())
+        _counters.move_to_end(job)
+    # Without the lock: it may warn, and a handler of the program's may ask for the status then.
+    route = Route(job, ControlPlane(job, counters), counters)
+    with _lock:
+        routes[job] = route
+        _forget_unused()
+    return route
 
 
 def _forget_unused() -> None:
@@ -84,7 +88,7 @@ def all_counters() -> dict[Job, Counters]:
 
 
 def last_intervention() -> float | None:
-    """When any job last needed help (seconds since the epoch); None: never."""
+    """When any job last needed help (a Unix timestamp); None: never."""
     moments = [one.last_intervention for one in (*all_counters().values(), _dropped)]
     return max((moment for moment in moments if moment is not None), default=None)
 

@@ -122,7 +122,7 @@ class JobStatus:
     uncertain: int
     """How many requests were not replayed because an earlier try may have been carried out."""
     failed_fast: int
-    """How many got their 404 at once, because the control plane did not say RUNNING."""
+    """How many got their 404 early, because of what the control plane says."""
     cancelled: int
     """How many the program itself stopped waiting for."""
     telemetry_dropped: int
@@ -202,14 +202,14 @@ def _release(distribution: str) -> str | None:
 
 def _sdk(sdk: _seams.Sdk, standing: set[_patching.SeamState]) -> SdkStatus:
     state = _patching.SeamState
-    misfit = _patching.incompatibility(sdk)
-    if misfit is not None:
+    incompatibility = _patching.incompatibility(sdk)
+    if incompatibility is not None:
         word: SdkState = "does not fit"
     elif state.REPLACED in standing:
         word = "replaced"
     else:
         word = "patched" if standing <= {state.OURS, state.WRAPPED_OVER} else "not imported"
-    return SdkStatus(sdk.name, sdk.distribution, _release(sdk.distribution), word, misfit)
+    return SdkStatus(sdk.name, sdk.distribution, _release(sdk.distribution), word, incompatibility)
 
 
 def _settings_in_force() -> tuple[SettingStatus, ...]:
@@ -283,12 +283,12 @@ def _in_force() -> tuple[bool, str]:
         if not sdk.optional:
             standing.setdefault(sdk.name, set()).add(found)
     if any(state.REPLACED in found for found in standing.values()):
-        return False, "a seam has been replaced by another package"
+        return False, "another package has replaced a function that the shim had patched"
     wrapped = [
         name for name, found in standing.items() if found <= {state.OURS, state.WRAPPED_OVER}
     ]
     if wrapped:
-        return True, f"all seams of {' and '.join(wrapped)} are wrapped"
+        return True, f"all functions that the shim needs are patched in {' and '.join(wrapped)}"
     return False, "waiting for tinker to be imported"
 
 

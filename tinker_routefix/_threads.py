@@ -35,7 +35,7 @@ async def run(work: Callable[[], _T]) -> _T:
         result, error = None, None
         try:
             result = work()
-        except Exception as raised:  # noqa: BLE001 - it is raised where the result is awaited
+        except BaseException as raised:  # noqa: BLE001 - it is raised where the result is awaited
             error = raised
         # A loop that was closed meanwhile has nobody who waits.
         with contextlib.suppress(RuntimeError):

@@ -3,8 +3,8 @@
 The gateway's 404 means that a route was not there: the request never reached the pod and
 can be sent again. The pod's own 404 is an answer, and none of our business. The two are
 told apart by the body. What cannot be told apart is tried: it is the pod's own once the same
-connection has answered a probe and refused the request three times in a row. Until then it is
-treated like the gateway's, because then the control plane is asked before anything is sent again.
+connection has answered a probe and refused the request three times in a row. Until then it counts
+as the gateway's: it is sent again over a connection that has just answered a probe, or like that.
 """
 
 from __future__ import annotations

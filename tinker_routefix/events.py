@@ -349,7 +349,7 @@ class GivenUp(RequestEvent):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FailedFast(GivenUp):
-    """The control plane did not say that the job runs; the caller gets the 404."""
+    """What the control plane says ended the wait; the caller gets the 404."""
 
     name: ClassVar[str] = "route.failed_fast"
 

@@ -35,7 +35,7 @@ def matrix() -> dict[str, Any]:
 
 
 def table() -> str:
-    """What the README says of the supported releases: cog puts it there."""
+    """What `docs/compatibility.md` says of the supported releases: cog puts it there."""
     known, run = releases(), matrix()
     first, *_, last = known
     torch = [release for release, facts in known.items() if facts["needs_torch"]]
@@ -47,7 +47,7 @@ def table() -> str:
         ("SDK", "releases", "what is run, on plain tinker and with the shim"),
         ("---", "---", "---"),
         ("tinker", f"all {len(known)}, {first} to {last}", "the core tests"),
-        ("", ", ".join(full), "all tests"),
+        ("", ", ".join(full), "all tests of `nox -s compat`"),
         ("fireworks-ai", sdks, "its own tests"),
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]

@@ -125,7 +125,7 @@ class Checker:
     def _max_age(self, probe: Probe) -> float:
         """How old the control plane's response may be."""
         well = probe.seen is Seen.ANSWERED and self._runs()
-        # Otherwise as old as the control plane's answers may get; and where it has none, it can
+        # Otherwise as old as the control plane's responses may get; and where it has none, it can
         # be slow, and the probes shall not have to wait for it each time.
         return ASK_AGAIN if well or self._answer.state is JobState.UNKNOWN else GOOD_FOR
 

@@ -40,7 +40,7 @@ def show(*, as_json: bool, to: Screen | None = None) -> int:
     """Import what can be patched here, and say what came of it.
 
     Returns:
-        The exit code: whether the shim is active, switched off, or cannot help.
+        The exit code: whether the shim is active, switched off, or found no SDK that it supports.
     """
     to = to or screen(as_json=as_json)
     enabled = _settings.current().enabled

@@ -178,7 +178,8 @@ class Evidence:
         if message.startswith("not asked"):
             return f"Set {variable} to the https URL of the control plane."
         if message.startswith(("no answer", "HTTP 5", "HTTP 408", "HTTP 429")):
-            directly = " It is asked directly, not through the proxy." if self.proxy else ""
+            direct = self.proxy and self.root.startswith("http:")
+            directly = " It is asked directly, not through the proxy." if direct else ""
             return (
                 f"Check again in a minute; if the control plane is not at {self.root}, set "
                 f"{variable}.{directly}"
