@@ -627,7 +627,7 @@ TAMPERED = [
     (
         "readme",
         "README.md",
-        "Changes are",
+        "Changes:",
         f"{'so ' * 30}changes are",
     ),
     ("readme", "README.md", "\n\n", "\n\n\n"),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ._connecting import ConnectBudget
     from ._route import Route
 
-_UNSEEN = object()
+_UNSEEN: Any = object()
 
 
 def lend_client(
@@ -81,7 +81,7 @@ class _Lease:
 
 
 def _pooled_client(client: Any, pool: Any) -> PooledClient | None:
-    known: Any = getattr(pool, MARK, _UNSEEN)
+    known: Pool | None = getattr(pool, MARK, _UNSEEN)
     if known is _UNSEEN:
         known = _first_seen(client, pool)
     if known is None:
