@@ -1031,11 +1031,38 @@ def test_own_client_that_hangs_is_overtaken_by_a_question_as_the_environment_say
     assert lab.control_plane.questions == 1
 
 
-def test_slow_own_client_is_heard_although_the_environments_way_fails(trusted_by_few: Lab) -> None:
+def test_slow_own_client_is_heard_although_the_environments_way_fails(
+    trusted_by_few: Lab, overheard: Overheard
+) -> None:
     trusting = ssl.create_default_context(cafile=trusted_by_few.ca_file)
     trusted_by_few.fault(Fault(kinds=["control_plane"], at="control_plane", answer=None, delay=2.5))
     own = functools.partial(httpx.AsyncClient, verify=trusting)
     assert _ask_with(own, trusted_by_few).message == "JOB_STATE_RUNNING"
+    assert sum("QuestionAsked" in event for event in overheard.published) == 2
+
+
+def test_own_client_is_asked_with_again_where_the_environments_way_has_hung(
+    trusted_by_few: Lab, settings: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall that drops what does not go through the program's own proxy."""
+    settings(control_plane_timeout=2.5)
+    trusting = ssl.create_default_context(cafile=trusted_by_few.ca_file)
+    trusted_by_few.fault(Fault(kinds=["control_plane"], at="control_plane", hang=True, count=1))
+
+    async def dropped(_: object) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=Hanging(), timeout=None)
+
+    monkeypatch.setattr(_question, "_new_client", dropped)
+
+    async def questions() -> list[str]:
+        control_plane = _control_plane_of(trusted_by_few)
+        async with httpx.AsyncClient(verify=trusting, timeout=None) as own:
+            control_plane.connections.use(own)
+            first = await control_plane.ask(httpx.Headers(HEADERS))
+            await asyncio.sleep(first.ask_again_at - time.monotonic())
+            return [first.message, (await control_plane.ask(httpx.Headers(HEADERS))).message]
+
+    assert asyncio.run(questions()) == ["no answer within 2.5 s", "JOB_STATE_RUNNING"]
 
 
 def test_own_client_is_asked_with_again_once_the_environments_way_has_failed(

@@ -29,9 +29,15 @@ def test_result_and_exception_come_back() -> None:
     def fail() -> None:
         raise OSError("too many open files")
 
+    def end() -> None:
+        raise SystemExit
+
     async def program() -> int:
         with pytest.raises(OSError, match="too many"):
             await _threads.run(fail)
+        # Raised in the loop, it would end that.
+        with pytest.raises(RuntimeError, match="SystemExit"):
+            await _threads.run(end)
         return await _threads.run(threading.get_ident)
 
     assert asyncio.run(program()) != threading.get_ident()

@@ -167,20 +167,25 @@ class Pool:
         """What is known of one of its clients."""
         known: PooledClient | None = getattr(client, MARK, None)
         if known is None:
-            known = PooledClient(client, self, self._pool._clients.index(client))
+            clients = enumerate(self._pool._clients)
+            # None: another package lends a copy of its own.
+            slot = next((slot for slot, one in clients if one is client), None)
+            known = PooledClient(client, self, slot)
             setattr(client, MARK, known)
         return known
 
-    def swap(self, old: PooledClient, new: PooledClient) -> PooledClient:
-        """Put a new client where the old one was; what stands there then, or was there already.
-
-        tinker itself puts another one there where an edge has refused the connection.
-        """
-        if self.closed:
+    def in_place_of(self, old: PooledClient) -> PooledClient:
+        """What stands where a client stood: tinker puts another one there after a bare 400."""
+        if self.closed or old.slot is None:
             return old
         standing = self._pool._clients[old.slot]
-        if standing is not old.client:
-            return self.pooled(standing)
+        return old if standing is old.client else self.pooled(standing)
+
+    def swap(self, old: PooledClient, new: PooledClient) -> PooledClient:
+        """Put a new client where the old one stands; what stands there then."""
+        standing = self.in_place_of(old)
+        if standing is not old or self.closed or old.slot is None:
+            return standing
         setattr(new.client, MARK, new)
         self._pool._clients[old.slot] = new.client
         return new

@@ -56,7 +56,9 @@ class _Pace:
 class PooledClient:
     """One client of a pool: who uses it, and what has replaced it."""
 
-    def __init__(self, client: Any, pool: Pool, slot: int, pace: _Pace | None = None) -> None:
+    def __init__(
+        self, client: Any, pool: Pool, slot: int | None, pace: _Pace | None = None
+    ) -> None:
         self.client = client
         self.pool = pool
         self.slot = slot
@@ -82,11 +84,12 @@ class PooledClient:
         Where two have been made within the last second already, it is waited for the next: a
         replay over a connection that has just refused would ask the same stale replica.
         """
+        waiters = self.pool.route.waiters
         while (pooled := self.latest()).stale:
             if pooled._replacing is None:
                 wait = pooled._pace.take()
                 if wait > 0:
-                    await asyncio.sleep(wait)
+                    await waiters.sleep(wait)
                     continue
                 pooled._replacing = asyncio.get_running_loop().create_task(
                     # In a context of its own: a task keeps its context, and that what it holds.
@@ -94,6 +97,8 @@ class PooledClient:
                     context=contextvars.Context(),
                 )
             await asyncio.shield(pooled._replacing)
+            # All of them at once were measured to hold the loop for 50 ms.
+            await waiters.stagger()
         return pooled
 
     def renew(self) -> None:
@@ -124,15 +129,15 @@ class PooledClient:
 
     async def _replace(self) -> None:
         try:
-            client = await self._new_client()
-            if client is None:
-                # The user's own HTTP client: not ours to replace. Go on with it.
-                self.stale = False
-                return
-            successor = self.pool.swap(self, PooledClient(client, self.pool, self.slot, self._pace))
-            if successor.client is not client:
-                await self.pool.close(client)
+            successor = self.pool.in_place_of(self)
+            client = await self._new_client() if successor is self else None
+            if client is not None:
+                new = PooledClient(client, self.pool, self.slot, self._pace)
+                successor = self.pool.swap(self, new)
+                if successor is not new:
+                    _close_later(self.pool, client)
             if successor is self:
+                # The user's own HTTP client, or a closed pool: not ours to replace. Go on with it.
                 self.stale = False
                 return
         except Exception as error:  # noqa: BLE001 - a connection is never worth a new error

@@ -68,7 +68,8 @@ _FOLLOW_TRIES = ("_requests:follow_submission", "_requests:note_try")
 _lock = threading.RLock()
 _ledger: list[_Patch] = []
 _loaded: set[str] = set()
-_hooked = _active = False
+_hooked: set[str] = set()
+_active = False
 _missing: dict[str, str] = {}
 """Why an SDK is not patched, by its name."""
 _complained: set[Seam] = set()
@@ -107,21 +108,19 @@ def install() -> None:
     Raises:
         RuntimeError: The settings are strict and a seam is missing.
     """
-    global _active, _hooked
+    global _active
     with _lock:
         _active = True
-        if _hooked:
-            for sdk in SDKS:
-                _patch_if_complete(sdk)
-            return
-        _hooked = True
+        for sdk in SDKS:
+            _patch_if_complete(sdk)
     # Outside of the lock: a hook for a module that is there already runs at once.
-    for module in sorted({seam.module for sdk in SDKS for seam in sdk.seams}):
+    for module in sorted({seam.module for sdk in SDKS for seam in sdk.seams} - _hooked):
         if module in sys.modules:
             # Another thread may be in the midst of importing it: wait for that.
             with contextlib.suppress(Exception):
                 importlib.import_module(module)
         wrapt.when_imported(module)(_module_came)
+        _hooked.add(module)
 
 
 def uninstall() -> None:
@@ -276,9 +275,9 @@ def _wrap_again(sdk: Sdk, seam: Seam) -> None:
                 _complained.add(seam)
                 _log.warn(
                     "shim.cannot_help",
-                    f"{seam.attribute} of {sdk.name} {release_of(sdk.distribution)} was replaced by "
-                    f"another package, and what stands there cannot be wrapped: {error}. There the "
-                    "shim no longer works; import tinker_routefix after that package.",
+                    f"{seam.attribute} of {sdk.name} {release_of(sdk.distribution)} was replaced "
+                    f"by another package, and what stands there cannot be wrapped: {error}. There "
+                    "the shim no longer works; import tinker_routefix after that package.",
                 )
             return
         setattr(patch.owner, patch.name, patch.wrapper)

@@ -169,7 +169,8 @@ class Connections:
         client = await _new_client(secure)
         try:
             return await self._send(client, secure, request())
-        except Exception:
+        except BaseException:
+            # Cancelled as well: it has hung.
             self._over_own = True
             raise
 

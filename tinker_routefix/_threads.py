@@ -32,11 +32,16 @@ async def run(work: Callable[[], _T]) -> _T:
             future.set_exception(error)
 
     def call() -> None:
-        result, error = None, None
+        result: _T | None = None
+        error: Exception | None = None
         try:
             result = work()
-        except BaseException as raised:  # noqa: BLE001 - it is raised where the result is awaited
+        except Exception as raised:  # noqa: BLE001 - it is raised where the result is awaited
             error = raised
+        except BaseException as raised:  # noqa: BLE001 - raised in the loop, it would end that
+            # A panic of pyqwest's, say.
+            error = RuntimeError(type(raised).__name__)
+            error.__cause__ = raised
         # A loop that was closed meanwhile has nobody who waits.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, result, error)
