@@ -57,6 +57,7 @@ AWAY = ("docs", "examples", "tests", "tools")
 PYTEST = ("-m", "pytest", "-n", "8", "--dist", "load", "--maxschedchunk", "1", "-q")
 # Sessions run beside each other on CI, and a process stands still there now and then.
 RERUNS = ("--reruns", "1") if os.environ.get("CI") == "true" else ()
+BRANCHES = ("--branch",) if os.environ.get("COVERAGE_BRANCHES") else ()
 ALL = ("tests", *(f"--ignore={name}" for name in FILES["own-session"]))
 # Each worker collects all tests of its files, and few of them are these.
 CORE = ("-n", "4", "-m", "core", *(f"tests/test_{name}.py" for name in MATRIX["core"]))
@@ -208,7 +209,7 @@ def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
             shutil.rmtree(data, ignore_errors=True)
         data.mkdir(parents=True, exist_ok=True)
         session.env["COVERAGE_FILE"] = str(data / f".coverage.{number}")
-        python = ("python", "-m", "coverage", "run", "--rcfile=tests/coverage.toml")
+        python = ("python", "-m", "coverage", "run", "--rcfile=tests/coverage.toml", *BRANCHES)
     # 5: nothing was collected.
     session.run(
         *(*python, *PYTEST, *RERUNS, f"--junitxml={report}"),
@@ -471,7 +472,7 @@ def site(session: nox.Session) -> None:
 # In parallel it waits until all others have ended.
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
 def coverage(session: nox.Session) -> None:
-    """Every branch of the shim, over what CI's sessions on the main Python cover."""
+    """Every line of the shim, at night every branch, over what CI's sessions have covered."""
     session.install("coverage>=7.10")
     data = CACHE / "coverage"
     for old in data.glob("*"):
