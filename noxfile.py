@@ -120,7 +120,7 @@ if "NOX_RUN" not in os.environ:
 @functools.cache
 def state() -> str:
     """What the tests and their coverage depend on: neither is mixed with another commit's."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(BRANCHES).encode())
     for path in map(ROOT.joinpath, ("pyproject.toml", "README.md")):
         digest.update(path.read_bytes())
     for folder in (*AWAY, "autoload", "tinker_routefix"):

@@ -1244,7 +1244,9 @@ def test_client_made_for_one_that_tinker_replaces_meanwhile_is_closed(
     until(lambda: first not in _open(lab))
 
 
-def test_client_that_another_package_lends_a_copy_of_is_helped(make_lab: MakeLab) -> None:
+def test_client_that_another_package_lends_a_copy_of_is_helped(
+    make_lab: MakeLab, made: list[Any]
+) -> None:
     pools: Any = tinker.lib.internal_client_holder.ClientConnectionPool
     tinker_routefix.uninstall()
     aclient = pools.aclient
@@ -1259,9 +1261,12 @@ def test_client_that_another_package_lends_a_copy_of_is_helped(make_lab: MakeLab
         tinker_routefix.install()
         lab = make_lab()
         client = connect(lab.base_url)
-        lab.stale(1)
+        before = len(made)
+        lab.fault(Fault(kinds=["forward_backward"], count=1))
         train(client)
         exact(lab, gradients=1, optim_steps=1)
+        # The pool's own client stays, so that a new one would be for nothing.
+        assert len(made) == before
     finally:
         tinker_routefix.uninstall()
         pools.aclient = aclient

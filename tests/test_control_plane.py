@@ -1031,14 +1031,33 @@ def test_own_client_that_hangs_is_overtaken_by_a_question_as_the_environment_say
     assert lab.control_plane.questions == 1
 
 
+class Slow(httpx.AsyncBaseTransport):
+    """Answers once another way has failed."""
+
+    def __init__(self) -> None:
+        self.failed = asyncio.Event()
+
+    async def fail(self, _: object) -> httpx.AsyncClient:
+        self.failed.set()
+        raise httpx.ConnectError("only through the program's own proxy")
+
+    async def handle_async_request(self, _: httpx.Request) -> httpx.Response:
+        await self.failed.wait()
+        said = httpx.ByteStream(b'{"state": "JOB_STATE_RUNNING"}')
+        return httpx.Response(200, stream=said)
+
+
 def test_slow_own_client_is_heard_although_the_environments_way_fails(
-    trusted_by_few: Lab, overheard: Overheard
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trusting = ssl.create_default_context(cafile=trusted_by_few.ca_file)
-    trusted_by_few.fault(Fault(kinds=["control_plane"], at="control_plane", answer=None, delay=2.5))
-    own = functools.partial(httpx.AsyncClient, verify=trusting)
-    assert _ask_with(own, trusted_by_few).message == "JOB_STATE_RUNNING"
-    assert sum("QuestionAsked" in event for event in overheard.published) == 2
+    async def said() -> str:
+        control_plane, slow = ControlPlane(JOB), Slow()
+        monkeypatch.setattr(_question, "_new_client", slow.fail)
+        async with httpx.AsyncClient(transport=slow) as own:
+            control_plane.connections.use(own)
+            return (await control_plane.ask({})).message
+
+    assert asyncio.run(said()) == "JOB_STATE_RUNNING"
 
 
 def test_own_client_is_asked_with_again_where_the_environments_way_has_hung(
@@ -1065,9 +1084,12 @@ def test_own_client_is_asked_with_again_where_the_environments_way_has_hung(
     assert asyncio.run(questions()) == ["no answer within 2.5 s", "JOB_STATE_RUNNING"]
 
 
+@pytest.mark.parametrize("certificates", [None, "missing.pem"], ids=["not trusted", "missing"])
 def test_own_client_is_asked_with_again_once_the_environments_way_has_failed(
-    trusted_by_few: Lab,
+    trusted_by_few: Lab, monkeypatch: pytest.MonkeyPatch, certificates: str | None
 ) -> None:
+    if certificates is not None:
+        monkeypatch.setenv("SSL_CERT_FILE", certificates)
     trusting = ssl.create_default_context(cafile=trusted_by_few.ca_file)
 
     async def questions() -> list[str]:

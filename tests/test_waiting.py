@@ -1325,12 +1325,15 @@ def test_second_connection_is_tried_unless_the_route_is_lost_everywhere(
 def test_replays_that_waited_for_a_connection_go_on_a_few_at_a_time() -> None:
     """A hundred in one turn of the loop were measured to hold it for 50 ms."""
     in_a_turn: list[int] = []
+    pool = Pool(route())
 
     async def hundred() -> None:
-        loop, old = asyncio.get_running_loop(), stale_client(Pool(route()))
+        loop, old = asyncio.get_running_loop(), stale_client(pool)
 
         async def replay() -> None:
-            await old.fresh()
+            client = await old.fresh()
+            # Refused: those behind it in the queue have their try all the same.
+            client.stale = True
             in_a_turn[-1] += 1
 
         def turn() -> None:
@@ -1343,3 +1346,5 @@ def test_replays_that_waited_for_a_connection_go_on_a_few_at_a_time() -> None:
     asyncio.run(hundred())
     assert sum(in_a_turn) == 100
     assert max(in_a_turn) <= _waiters.WAKEUPS_PER_TICK
+    # One replacement, in two tries, as none of them answers.
+    assert pool.made == 2

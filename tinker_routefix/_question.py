@@ -166,11 +166,10 @@ class Connections:
                 # the hedge would be two questions within a second.
                 if time.monotonic() - began >= HEDGE_AFTER / 2:
                     raise
-        client = await _new_client(secure)
         try:
-            return await self._send(client, secure, request())
+            return await self._send(await _new_client(secure), secure, request())
         except BaseException:
-            # Cancelled as well: it has hung.
+            # Cancelled as well: it has hung, or another try was quicker.
             self._over_own = True
             raise
 
