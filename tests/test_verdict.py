@@ -427,6 +427,11 @@ def test_control_plane_status_and_body_give_what_it_tells(
     assert read_answer(status, body)[0] is told
 
 
+def test_refused_key_is_named_and_another_status_is_not_taken_for_it() -> None:
+    assert read_answer(401, b"")[1] == "the key was refused (HTTP 401)"
+    assert read_answer(418, b"")[1] == "HTTP 418"
+
+
 @pytest.mark.parametrize("told", Told)
 def test_every_kind_of_answer_means_a_job_state(told: Told) -> None:
     known = {

@@ -17,7 +17,8 @@ import weakref
 from collections import Counter
 from contextlib import asynccontextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -1229,6 +1230,23 @@ def test_last_intervention_outlives_dropped_counters(mocker: Any) -> None:
     assert JOB not in _routes.all_counters()
     assert last is not None
     assert tinker_routefix.status().last_intervention == last
+
+
+@pytest.mark.parametrize(
+    ("told", "answered_at", "proven_at", "ended"),
+    [
+        (Told.ENDED, 2.0, 1.0, True),
+        (Told.ENDED, 1.0, 1.0, False),
+        (Told.ENDED, 1.0, 2.0, False),
+        (Told.RUNNING, 2.0, 1.0, False),
+    ],
+)
+def test_job_has_ended_where_the_control_plane_says_so_after_the_pods_last_success(
+    told: Told, answered_at: float, proven_at: float, ended: bool
+) -> None:
+    on, plane = route(), SimpleNamespace(last_answer=Answer(told, "", answered_at))
+    on.control_plane, on.proven_at = cast("Any", plane), proven_at
+    assert on.job_ended is ended
 
 
 class AsksForStatus(logging.Handler):
