@@ -642,6 +642,7 @@ def test_warmup_returns_after_required_consecutive_successes(clock: Clock) -> No
     assert prober.send.sent == 3
     assert clock.waits == []
     assert on.warm
+    assert on.proven_at == clock.now
 
 
 def test_warmup_recovers_after_transient_404s(clock: Clock) -> None:

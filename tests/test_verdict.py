@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import string
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -13,7 +14,12 @@ from hypothesis import strategies as st
 
 from tinker_routefix._job import Job, base_of
 from tinker_routefix._job_state import JobState, Told, read_answer, state_of
-from tinker_routefix._verdict import MAX_BODY, Verdict, is_route_not_ready, of_body
+from tinker_routefix._verdict import MAX_BODY, Verdict, is_route_not_ready, is_the_pods, of_body
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pytest_mock import MockerFixture
 
 # Threads of clients that other tests have left draw their own numbers meanwhile.
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
@@ -509,6 +515,7 @@ def test_only_a_200_that_says_running_is_running(status: int, document: Any, spe
         (404, {"queue_state": "route_not_ready"}, False),
         (404, None, False),
         (429, {"queue_state": "route_not_ready", "error": {"code": "ROUTE_STALE"}}, False),
+        (504, {"queue_state": "route_not_ready"}, False),
     ],
 )
 def test_fixed_gateway_is_recognised_by_status_and_body(
@@ -516,6 +523,53 @@ def test_fixed_gateway_is_recognised_by_status_and_body(
 ) -> None:
     body = b"\xff{" if document is None else json.dumps(document).encode()
     assert is_route_not_ready(status, body) is fixed
+
+
+class Tries:
+    """What is sent to find out whose a 404 is, in order, and how it ends."""
+
+    def __init__(self, answered: Iterable[bool], refused: Iterable[bool]) -> None:
+        self._answered, self._refused = iter(answered), iter(refused)
+        self.sent: list[str] = []
+
+    async def probe(self) -> bool:
+        self.sent.append("probe")
+        return next(self._answered)
+
+    async def request(self) -> bool:
+        self.sent.append("request")
+        return next(self._refused)
+
+    async def pause(self, seconds: float) -> None:
+        self.sent.append(f"{seconds} s")
+
+
+@pytest.mark.parametrize(("probes", "take"), [(1, min), (2, max)])
+def test_404_is_the_pods_after_three_in_a_row_beside_answered_probes(
+    mocker: MockerFixture, probes: int, take: Callable[..., int]
+) -> None:
+    mocker.patch("random.choice", take)
+    tries = Tries([True] * 6, [True] * 3)
+    assert asyncio.run(is_the_pods(tries.probe, tries.request, tries.pause))
+    one = ["probe"] * probes + ["request"]
+    assert tries.sent == [*one, "0.5 s", *one, "0.5 s", *one]
+
+
+@pytest.mark.parametrize(
+    ("answered", "refused", "sent"),
+    [
+        ([True, False], [True], "probe request probe"),
+        ([True, True], [True, False], "probe request probe request"),
+    ],
+    ids=["a probe is not answered", "the request is not refused"],
+)
+def test_404_is_not_the_pods_where_one_try_speaks_against_it(
+    mocker: MockerFixture, answered: list[bool], refused: list[bool], sent: str
+) -> None:
+    mocker.patch("random.choice", min)
+    tries = Tries(answered, refused)
+    assert not asyncio.run(is_the_pods(tries.probe, tries.request))
+    assert " ".join(tries.sent) == sent
 
 
 def test_body_over_the_size_limit_shows_no_fixed_gateway() -> None:
