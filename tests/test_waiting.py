@@ -1338,31 +1338,3 @@ def test_second_connection_is_tried_unless_the_route_is_lost_everywhere(
 
     asyncio.run(replace())
     assert pool.made == tries
-
-
-def test_replays_that_waited_for_a_connection_go_on_a_few_at_a_time() -> None:
-    """A hundred in one turn of the loop were measured to hold it for 50 ms."""
-    in_a_turn: list[int] = []
-    pool = Pool(route())
-
-    async def hundred() -> None:
-        loop, old = asyncio.get_running_loop(), stale_client(pool)
-
-        async def replay() -> None:
-            client = await old.fresh()
-            # Refused: those behind it in the queue have their try all the same.
-            client.stale = True
-            in_a_turn[-1] += 1
-
-        def turn() -> None:
-            in_a_turn.append(0)
-            loop.call_soon(turn)
-
-        turn()
-        await asyncio.gather(*(replay() for _ in range(100)))
-
-    asyncio.run(hundred())
-    assert sum(in_a_turn) == 100
-    assert max(in_a_turn) <= _waiters.WAKEUPS_PER_TICK
-    # One replacement, in two tries, as none of them answers.
-    assert pool.made == 2

@@ -370,9 +370,8 @@ def test_a_replica_that_stays_stale_is_left_behind(both: Both, transport: str) -
 
 
 IN_FLIGHT = 100
-OPENED = 90
-"""Connections: 20 to 50 on a machine that does nothing else, 64 on a busy one; with one for each
-request they were 123 and more."""
+OPENED = 70
+"""Connections; 20 to 50 on a machine that does nothing else, and one for each request were 100."""
 LEFT_OPEN = 4
 
 

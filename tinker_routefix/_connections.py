@@ -84,12 +84,11 @@ class PooledClient:
         Where two have been made within the last second already, it is waited for the next: a
         replay over a connection that has just refused would ask the same stale replica.
         """
-        waiters = self.pool.route.waiters
         while (pooled := self.latest()).stale:
             if pooled._replacing is None:
                 wait = pooled._pace.take()
                 if wait > 0:
-                    await waiters.sleep(wait)
+                    await asyncio.sleep(wait)
                     continue
                 pooled._replacing = asyncio.get_running_loop().create_task(
                     # In a context of its own: a task keeps its context, and that what it holds.
@@ -97,10 +96,8 @@ class PooledClient:
                     context=contextvars.Context(),
                 )
             await asyncio.shield(pooled._replacing)
-            # All of them at once were measured to hold the loop for 50 ms. Each has its try, also
-            # where one before it in the queue has been refused meanwhile.
-            await waiters.stagger()
-            return self.latest()
+            # Not one after the other, although 100 at once hold the loop for 50 ms: the first of
+            # them that is refused would send all others back to wait for the next replacement.
         return pooled
 
     def renew(self) -> None:
