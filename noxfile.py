@@ -121,7 +121,7 @@ if "NOX_RUN" not in os.environ:
 def state() -> str:
     """What the tests and their coverage depend on: neither is mixed with another commit's."""
     digest = hashlib.sha256(repr(BRANCHES).encode())
-    for path in map(ROOT.joinpath, ("pyproject.toml", "README.md")):
+    for path in map(ROOT.joinpath, ("noxfile.py", "pyproject.toml", "README.md")):
         digest.update(path.read_bytes())
     for folder in (*AWAY, "autoload", "tinker_routefix"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -203,7 +203,7 @@ def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
     number = len(list(RUN.glob(f"{session.name}-*.xml")))
     report = RUN / f"{session.name}-{number}.xml"
     python: tuple[str, ...] = ("python",)
-    if covered and measures(session):
+    if covered and measures(session) and not session.posargs:
         data = covered_by(session.name)
         if not number:
             shutil.rmtree(data, ignore_errors=True)
@@ -255,7 +255,7 @@ def check_python(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, format and line ends; `-- --fix` mends them: the hook of pre-commit."""
+    """Style, format, line ends; `-- --fix` mends them, as pre-commit does."""
     check_python(session)
     session.install(*dependencies("lint"))
     fix = "--fix" in session.posargs
@@ -286,7 +286,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests but the long ones, with the newest tinker, on the Python that runs nox."""
+    """All tests but the long ones: the newest tinker, nox's Python."""
     check_python(session)
     install(session, "tinker")
     apart: list[str] = []
@@ -301,7 +301,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """The core tests with the oldest tinker of the matrix, on the Python that runs nox."""
+    """The core tests: the oldest tinker of the matrix, nox's Python."""
     check_python(session)
     install(session, requirement(OLDEST))
     pytest(session, *CORE, covered=False)
@@ -309,7 +309,7 @@ def core(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The pages build strictly, their programs run, and what they name exists."""
+    """The pages build, their programs run, what they name exists."""
     check_python(session)
     install(session, *dependencies("docs"), extra="[lab,tinker]")
     # Not --quiet: it keeps warnings from --strict as well.
@@ -325,8 +325,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, tags=["ci"], default=False)
 def compat(session: nox.Session) -> None:
-    """The core tests with each tinker, and all tests with some on the main Python."""
+    """The core tests with each tinker, all with some."""
     main = session.python == MAIN_PYTHON
+    if not main and session.python == RUNNING_PYTHON:
+        session.skip("here `tests` and `core` of `nox` are the same")
 
     def run(tinker: str) -> None:
         install(session, requirement(tinker))
@@ -336,8 +338,7 @@ def compat(session: nox.Session) -> None:
         elif main and tinker in MATRIX["thorough"]:
             # `robustness` covers what the oldest does.
             pytest(session, *FILES["compat"], covered=tinker != OLDEST)
-        elif main or session.python != RUNNING_PYTHON:
-            # Elsewhere `tests` and `core` have had these.
+        else:
             pytest(session, *CORE, covered=False)
             if tinker == "newest":
                 pytest(session, "-m", "not long", *FILES["any-tinker"])
@@ -347,28 +348,28 @@ def compat(session: nox.Session) -> None:
 
 @nox.session(name="compat-boundaries", python=OLDEST_PYTHON, tags=["ci"], default=False)
 def compat_boundaries(session: nox.Session) -> None:
-    """The core tests on the releases of tinker where something changed."""
+    """The core tests where tinker changed."""
     install(session, "tinker", "grpcio", "packaging", "pip")
     pytest(session, "tests/survey.py", "-k", "boundary")
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def robustness(session: nox.Session) -> None:
-    """Bad input, failures, and keys where they must not be, with the oldest tinker."""
+    """Bad input, failures, secrets; the oldest tinker."""
     install(session, requirement(OLDEST))
     pytest(session, *FILES["robustness"])
 
 
 @nox.session(python=list(MATRIX["processes"]), tags=["ci"], default=False)
 def processes(session: nox.Session) -> None:
-    """Spawned children, sidecars, launchers, pickled clients, forks."""
+    """Spawned and forked children, sidecars, launchers."""
     install(session, requirement(MATRIX["processes"][session.python]))
     pytest(session, *FILES["processes"])
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
 def schedules(session: nox.Session) -> None:
-    """Schedules of faults, drawn with fixed seeds: SCHEDULES of them, 160 by default."""
+    """SCHEDULES of faults, 160 by default, fixed seeds."""
     session.env.setdefault("SCHEDULES", os.environ.get("SCHEDULES", "160"))
 
     def run(tinker: str) -> None:
@@ -381,7 +382,7 @@ def schedules(session: nox.Session) -> None:
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def fireworks(session: nox.Session) -> None:
-    """The Fireworks SDK on each tinker that it was ever pinned to, and with its own copy."""
+    """The Fireworks SDK on each tinker it was pinned to, its own too."""
 
     def run(row: str) -> None:
         # No row may find the tinker of another one.
@@ -396,7 +397,7 @@ def fireworks(session: nox.Session) -> None:
 @nox.session(name="core-tls", python=MAIN_PYTHON, tags=["ci"], default=False)
 @nox.parametrize("row", list(MATRIX["tls"]), ids=list(MATRIX["tls"]))
 def core_tls(session: nox.Session, row: str) -> None:
-    """The core tests with labs that serve https, over both of tinker's transports."""
+    """The core tests over TLS."""
     install(session, *MATRIX["tls"][row])
     transport = row.rpartition("-")[2]
     session.env.update(ROUTEFIX_TESTS_TLS="1", ROUTEFIX_TESTS_TRANSPORT=transport)
@@ -429,7 +430,7 @@ def coexist(session: nox.Session) -> None:
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def examples(session: nox.Session) -> None:
-    """The recipes for structlog, Prometheus and OpenTelemetry, and what arrives there."""
+    """structlog, Prometheus, OpenTelemetry: what arrives there."""
     install(session, "tinker", *dependencies("examples"))
     pytest(session, "-n", "4", "tests/test_examples.py", covered=False)
 
@@ -443,13 +444,13 @@ def test_wire(session: nox.Session, *options: str) -> None:
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def wire(session: nox.Session) -> None:
-    """Real gateways: the nginx and the HAProxy of this machine, but for what takes long."""
+    """Real gateways: nginx and HAProxy, but for what takes long."""
     test_wire(session, "-m", "not wide")
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
 def releases(session: nox.Session) -> None:
-    """Whether the data on releases are what the package index has; and news."""
+    """Whether the data on releases are what the index has."""
     install(session, "packaging", "pip")
     check = ("python", "-m", "tools.releases", "--check", *session.posargs)
     # 75: the index cannot be reached. That is not the releases' fault, nor a success.
@@ -461,18 +462,19 @@ def releases(session: nox.Session) -> None:
 
 @nox.session(python=MAIN_PYTHON, default=False, tags=["wide"])
 def site(session: nox.Session) -> None:
-    """The built pages in a browser: their search, and that nothing is fetched from elsewhere."""
+    """The built pages in a browser, without a network."""
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         session.skip("there is no Chromium: apt-get install chromium")
     groups = nox.project.dependency_groups(PROJECT, "docs", "test")
     session.install("-e", ".[lab,tinker]", *groups, "playwright")
-    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/test_site.py"]))
+    report = f"--junitxml={RUN / 'site.xml'}"
+    session.run("python", "-m", "pytest", "-q", report, *session.posargs, "tests/test_site.py")
 
 
 # In parallel it waits until all others have ended.
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False, allow_parallel=False)
 def coverage(session: nox.Session) -> None:
-    """Every line of the shim, at night every branch, over what CI's sessions have covered."""
+    """Every line of the shim, at night every branch."""
     session.install("coverage>=7.10")
     data = CACHE / "coverage"
     for old in data.glob("*"):
@@ -494,7 +496,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, tags=["wide"], default=False)
 def survey(session: nox.Session) -> None:
-    """Every release of tinker: the core tests; all, the long ones too, where something changed."""
+    """Every release of tinker."""
     install(session, "tinker", "grpcio", "packaging", "pip")
     pytest(session, "tests/survey.py", "--durations=0", covered=False)
 
@@ -507,7 +509,7 @@ def wire_all(session: nox.Session) -> None:
 
 @nox.session(python=MAIN_PYTHON, tags=["wide"], default=False, allow_parallel=False)
 def soak(session: nox.Session) -> None:
-    """Schedules that are others each time: SCHEDULES of them, 4,000 by default."""
+    """SCHEDULES of faults, 4,000 by default, new ones each time."""
     session.env["SCHEDULES"] = os.environ.get("SCHEDULES", "4000")
     session.env["SCHEDULES_SEED"] = os.environ.get("SCHEDULES_SEED", "random")
     schedules(session)
@@ -537,7 +539,7 @@ def torch(session: nox.Session) -> None:
 
 @nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
 def latest(session: nox.Session) -> None:
-    """The newest tinker of today, also one that is not known here: its seams, the core tests."""
+    """The newest tinker of today, also one that is not known here."""
     install(session, "tinker", "packaging", "pip")
     session.run("python", "-m", "tools.latest")
     pytest(session, *CORE, covered=False)
@@ -558,7 +560,7 @@ def wrapt(session: nox.Session) -> None:
 
 @nox.session(python=MAIN_PYTHON, tags=["wide"], default=False)
 def downstream(session: nox.Session) -> None:
-    """The tests that tinker's wheel carries, without the shim and with it: the same outcome."""
+    """tinker's own tests, without the shim and with it."""
     install(session, "tinker", "pytest-asyncio", "respx")
     outcomes = []
     for switch in ("0", "1"):
@@ -588,7 +590,7 @@ def downstream(session: nox.Session) -> None:
 
 @nox.session(name="update-releases", python=MAIN_PYTHON, tags=["update"], default=False)
 def update_releases(session: nox.Session) -> None:
-    """Write down what the package index has of tinker, and the table of docs/compatibility.md."""
+    """Write down what the package index has of tinker."""
     install(session, "packaging", "pip")
     session.run("python", "-m", "tools.releases", *session.posargs)
     session.run("cog", "-r", "docs/compatibility.md")
@@ -596,20 +598,20 @@ def update_releases(session: nox.Session) -> None:
 
 @nox.session(python=MAIN_PYTHON, tags=["update"], default=False)
 def screenshots(session: nox.Session) -> None:
-    """Make the pictures of the command line anew; `-- check` for one of them."""
+    """Make the command line's pictures; `-- check` for one."""
     install(session, "tinker")
     session.run("python", "-m", "tools.screenshots", *session.posargs)
 
 
 @nox.session(python=MAIN_PYTHON, tags=["update"], default=False)
 def mutants(session: nox.Session) -> None:
-    """Whether the tests notice small changes of the shim's core; `-- _verdict` for one module."""
+    """Do tests notice small changes? `-- _verdict` for one module."""
     install(session, "tinker", "cosmic-ray>=8.4")
     session.run("python", "-m", "tools.mutants", *session.posargs)
 
 
 @nox.session(python=MAIN_PYTHON, tags=["update"], default=False, allow_parallel=False)
 def bench(session: nox.Session) -> None:
-    """Plain tinker, earlier strategies and the shim, measured side by side."""
+    """Plain tinker, earlier strategies and the shim, side by side."""
     install(session, *dependencies("bench"), extra="[lab,tinker]")
     session.run("python", "-m", "benchmarks", *session.posargs)

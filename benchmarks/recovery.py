@@ -25,7 +25,7 @@ LONGEST = 10.0
 
 _TEXT = """
 A program trains step by step; at a random moment the gateway begins to refuse, for the time at
-the top of the column (a tenth more or less, by lot). *Overshoot* is the time from the healing
+the top of the column (a tenth more or less, at random). *Overshoot* is the time from the healing
 to the end of the next refused kind of request that gets through, of the runs that lived to see
 it: median, lowest and highest. *Operations wrong* are those executed twice, lost or out of
 order, and numbers that were skipped, of all runs together.

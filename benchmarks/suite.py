@@ -125,7 +125,7 @@ class Stage:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
             "TINKER_API_KEY": "tml-benchmark",
-            # Its requests would be met by the same faults, and be counted.
+            # Its requests would get the same faults, and be counted.
             "TINKER_TELEMETRY": "0",
             "TINKER_ROUTEFIX": str(int(contender == SHIM)),
         }

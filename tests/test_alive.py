@@ -27,7 +27,7 @@ from tests import programs
 from tests.common import collect, stale_from_the_first, until
 from tests.conftest import run_python
 from tests.programs import connect, exact, forward_backward, optim_step, train
-from tinker_routefix import _clients, _connecting, _probes, _question, _threads
+from tinker_routefix import _clients, _connecting, _probes, _question, _threads, events
 from tinker_routefix._connecting import ConnectBudget
 from tinker_routefix._connections import MARK
 from tinker_routefix._waiters import Waiters
@@ -250,7 +250,7 @@ def test_control_plane_that_is_away_beside_half_stale_replicas_ends_no_run(
     assert programs.job_of(lab).recovered >= 1
 
 
-def test_two_jobs_with_two_keys_beside_a_control_plane_that_drops_every_third_question(
+def test_two_jobs_with_two_keys_survive_a_control_plane_that_drops_every_third_question(
     make_lab: MakeLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = make_lab()
@@ -289,7 +289,7 @@ def test_two_jobs_with_two_keys_beside_a_control_plane_that_drops_every_third_qu
             assert [one for one in keys.values() if one in said] == [key]
 
 
-def test_control_plane_that_drops_every_third_question_beside_half_stale_replicas(
+def test_half_stale_replicas_are_survived_while_control_plane_drops_every_third_question(
     make_lab: MakeLab,
 ) -> None:
     lab = make_lab(replicas=2)
@@ -311,7 +311,9 @@ def test_control_plane_that_drops_every_third_question_beside_half_stale_replica
 
 
 @pytest.mark.core
-def test_second_client_is_as_patient_as_the_first(make_lab: MakeLab, settings: Settings) -> None:
+def test_second_client_waits_out_a_cold_race_like_the_first(
+    make_lab: MakeLab, settings: Settings
+) -> None:
     settings(retry_budget=1)
     lab = make_lab()
     first = connect(lab.base_url)
@@ -321,7 +323,7 @@ def test_second_client_is_as_patient_as_the_first(make_lab: MakeLab, settings: S
     exact(lab, gradients=2, optim_steps=2)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_budget_of_a_request_is_not_stretched_by_a_client_that_connects(
     make_lab: MakeLab, settings: Settings
 ) -> None:
@@ -678,10 +680,15 @@ def test_request_refused_in_html_and_then_by_the_gateway_is_survived(make_lab: M
     html = Answer(404, "<html>404</html>", "text/html")
     lab.fault(Fault(kinds=["optim_step"], count=1, answer=html))
     lab.fault(Fault(kinds=["optim_step"], count=1))
+    seen: list[events.Event] = []
+    unsubscribe = events.subscribe(seen.append)
     train(client)
+    unsubscribe()
     exact(lab, gradients=1, optim_steps=1)
     assert lab.count("optim_step") == 3
     assert programs.job_of(lab).replays == 2
+    counted = [one.replays for one in seen if isinstance(one, events.Replayed | events.Recovered)]
+    assert counted == [1, 2, 2]
 
 
 def test_request_refused_in_html_needs_no_connection_once_a_probe_was_refused(
@@ -859,7 +866,7 @@ def test_replay_is_sent_over_a_connection_that_has_answered_a_probe(make_lab: Ma
 # --- Heartbeats, and other requests in the background ------------------------------------------
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(tinker.lib.internal_client_holder.InternalClientHolder, "_session_heartbeat"),
     reason="this release has no session",
@@ -874,6 +881,7 @@ def test_heartbeats_leave_a_replica_that_stays_stale(make_lab: MakeLab) -> None:
         assert time.monotonic() < end, [str(e) for e in lab.exchanges if e.kind == "heartbeat"]
         time.sleep(0.5)
     assert 1 <= lab.count("heartbeat", status=404) <= 3
+    assert programs.job_of(lab).last_intervention is not None
     train(client)
 
 

@@ -369,7 +369,7 @@ def test_status_of_a_healthy_installation_reports_active() -> None:
     assert said["autoload"].keys() == {"requested", "file", "in_force"}
 
 
-def test_status_in_words() -> None:
+def test_status_for_a_person_says_what_it_says_as_json() -> None:
     ended = call("status", TINKER_ROUTEFIX_AUTOLOAD="")
     assert (ended.returncode, ended.stderr, ended.stdout.isascii()) == (0, "", True)
     lines = ended.stdout.splitlines()
@@ -433,7 +433,7 @@ def test_a_narrow_terminal_cuts_no_name(rich: bool, columns: int) -> None:
     assert all(len(line.split()) == 1 for line in too_long), too_long
 
 
-def test_colours_are_for_ci_too() -> None:
+def test_colours_are_shown_on_ci() -> None:
     assert "\x1b[32mtinker_routefix" in call("status", FORCE_COLOR="1").stdout
     assert "\x1b[" not in call("status", FORCE_COLOR="").stdout
 
@@ -469,7 +469,7 @@ def stub(where: Path, files: dict[str, str]) -> str:
     return os.pathsep.join([str(where), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-MISFIT = {
+INCOMPATIBLE = {
     "tinker/__init__.py": "print('noise of its own')",
     "tinker/_client.py": "",
     "tinker/lib/__init__.py": "",
@@ -480,7 +480,7 @@ MISFIT = {
 
 @pytest.mark.parametrize("strict", ["0", "1"])
 def test_status_of_an_incompatible_build_exits_4(tmp_path: Path, strict: str) -> None:
-    path = stub(tmp_path, MISFIT)
+    path = stub(tmp_path, INCOMPATIBLE)
     ended = call("status", "--json", PYTHONPATH=path, TINKER_ROUTEFIX_STRICT=strict)
     assert ended.returncode == 4
     said = json.loads(ended.stdout)
@@ -678,7 +678,7 @@ def test_a_route_is_not_called_healthy_where_the_job_may_not_run(
     assert report["gateway_fix"] is None
 
 
-def test_check_of_a_job_that_is_over_while_its_route_answers(check: Check, lab: Lab) -> None:
+def test_check_of_an_ended_job_whose_route_answers_says_so(check: Check, lab: Lab) -> None:
     lab.control_plane.state = "JOB_STATE_FAILED"
     report = check(lab)
     assert (report["verdict"], report["exit_code"]) == ("gone", 4)
@@ -686,7 +686,9 @@ def test_check_of_a_job_that_is_over_while_its_route_answers(check: Check, lab: 
 
 
 @pytest.mark.parametrize("mode", ["unauthorized", "forbidden"])
-def test_check_with_a_key_that_only_the_gateway_accepts(check: Check, lab: Lab, mode: str) -> None:
+def test_check_with_a_key_that_only_the_gateway_accepts_says_so(
+    check: Check, lab: Lab, mode: str
+) -> None:
     lab.control_plane.mode = mode  # type: ignore[assignment]
     report = check(lab)
     assert (report["verdict"], report["exit_code"]) == ("wrong key", 5)
@@ -901,8 +903,8 @@ def test_check_recognises_a_fixed_gateway(check: Check, lab: Lab) -> None:
     answer = Answer(503, {"queue_state": "route_not_ready"})
     lab.fault(Fault(kinds=PROBE, count=5, answer=answer))
     report = check(lab)
-    cure = "503 route_not_ready"
-    assert (report["verdict"], report["raced"], report["gateway_fix"]) == ("racing", 5, cure)
+    fix = "503 route_not_ready"
+    assert (report["verdict"], report["raced"], report["gateway_fix"]) == ("racing", 5, fix)
     assert "503 route" in report["gateway_fix_message"]
 
 

@@ -41,7 +41,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("[a-z]*.py"))
 
 @dataclass
 class Raced:
-    """A run that met a stale route, and what subscribers were told of it."""
+    """A run whose route was stale, and what subscribers were told of it."""
 
     lab: Lab
     told: list[events.Event]

@@ -193,7 +193,7 @@ def test_submission_404_is_survived(make_lab: MakeLab, plain: Plain, kind: str) 
 
 
 def test_404_on_one_part_of_a_batch_is_survived(make_lab: MakeLab, plain: Plain) -> None:
-    """The others are on their way. What plain SDKs do next: hang, step without it, or give up."""
+    """The others are in flight. What plain SDKs do next: hang, step without it, or give up."""
 
     def run(lab: Lab) -> None:
         client = connect(lab.base_url)

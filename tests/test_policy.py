@@ -12,7 +12,7 @@ import time
 import weakref
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
@@ -142,7 +142,8 @@ class Request:
         self.headers: Mapping[str, str] = {}
         self._send = send
 
-    async def send_again(self) -> Any:
+    async def send_again(self, count: Callable[[], None]) -> Any:
+        count()
         return await self._send()
 
     def is_refusal(self, error: BaseException) -> bool:
@@ -180,18 +181,23 @@ async def run(made: Replay) -> Any:
     return await made.run()
 
 
-def test_retry_succeeds_immediately_when_no_404(clock: Clock) -> None:
-    """The request is sent once, and that is all: no question, no wait, nothing counted."""
-    on, send, client = route(), Sender("answer"), SimpleNamespace()
-    pool: Any = SimpleNamespace(route=on)
+async def first_try(on: Route, send: Callable[[], Awaitable[Any]]) -> Any:
+    """What the program gets that sends a request."""
+    client, pool = SimpleNamespace(), cast("Any", SimpleNamespace(route=on))
     setattr(client, MARK, PooledClient(client, pool, 0))
 
     async def request(*_: object) -> Any:
         return await send()
 
     options = SimpleNamespace(url="/api/v1/forward_backward")
-    answer = asyncio.run(_requests.guard_request(request, client, (object, options), {}))
-    assert (answer, send.sent) == ("answer", 1)
+    return await _requests.guard_request(request, client, (object, options), {})
+
+
+def test_retry_succeeds_immediately_when_no_404(clock: Clock) -> None:
+    """The request is sent once, and that is all: no question, no wait, nothing counted."""
+    on, send = route(), Sender("answer")
+    assert asyncio.run(first_try(on, send)) == "answer"
+    assert send.sent == 1
     assert on.control_plane.questions == 0
     assert clock.waits == []
     assert on.counters == Counters()
@@ -396,15 +402,22 @@ def test_retry_sends_nothing_when_job_ends_during_the_wait(clock: Clock) -> None
     assert clock.waits == [2]
 
 
+@pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize(
     "error", [ValueError("no"), ConnectionError("gone"), asyncio.CancelledError(), SystemExit()]
 )
-def test_retry_propagates_non_404_immediately(clock: Clock, error: BaseException) -> None:
-    send = Sender(error)
+def test_retry_propagates_non_404_immediately(
+    clock: Clock, error: BaseException, replayed: bool
+) -> None:
+    """Of the request itself, or of its first replay: after the wait before it, and no other."""
+    on, send = route(), Sender(error)
+    request = run(replay(on, send)) if replayed else first_try(on, send)
     with pytest.raises(type(error)) as caught:
-        asyncio.run(run(replay(route(), send)))
+        asyncio.run(request)
     assert caught.value is error or isinstance(error, asyncio.CancelledError)
     assert send.sent == 1
+    assert clock.waits == ([2] if replayed else [])
+    assert (on.control_plane.questions > 0) is replayed
     assert not getattr(error, "__notes__", None)
 
 
@@ -678,11 +691,16 @@ def test_warmup_has_only_the_connect_budget_that_is_left(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("script", [(ValueError("500"),), ("ok", ValueError("500"), "ok")])
-def test_warmup_skips_on_non_404_error(clock: Clock, script: tuple[Any, ...]) -> None:
+def test_warmup_skips_on_non_404_error(
+    clock: Clock, caplog: pytest.LogCaptureFixture, script: tuple[Any, ...]
+) -> None:
     on, prober = route(), FakeProber(*script)
     warm_up(on, prober)
     assert prober.send.sent == 3
+    assert clock.waits == []
     assert not on.warm
+    assert "WARNING" in caplog.text
+    assert "warmup.ended: the warm-up of job acct/job failed with ValueError" in caplog.text
 
 
 @pytest.mark.parametrize(("told", "waits"), [(Told.ENDED, [2]), (Told.GONE, [1])])

@@ -87,7 +87,7 @@ def test_compatibility_page_agrees_with_the_release_data() -> None:
 
 @pytest.mark.parametrize("release", ATLAS)
 def test_shim_fits_every_release(release: str) -> None:
-    assert files.misfits(ATLAS[release]) == []
+    assert files.incompatible(ATLAS[release]) == []
 
 
 def test_installed_tinker_agrees_with_the_atlas() -> None:
@@ -131,13 +131,13 @@ def test_incompatible_shape_is_reported_with_its_reason(
 ) -> None:
     shapes = ATLAS[NEWEST]
     doctored_shape = dataclasses.replace(shapes[where], **doctored)  # type: ignore[arg-type]
-    (misfit,) = files.misfits(shapes | {where: doctored_shape})
-    assert misfit.startswith(where)
-    assert said in misfit
+    (found,) = files.incompatible(shapes | {where: doctored_shape})
+    assert found.startswith(where)
+    assert said in found
 
 
 def test_missing_seam_is_reported_as_incompatible() -> None:
-    assert len(files.misfits({})) >= len(look.SEAMS) + len(look.ATTRIBUTES)
+    assert len(files.incompatible({})) >= len(look.SEAMS) + len(look.ATTRIBUTES)
 
 
 SOURCES = {
@@ -235,10 +235,10 @@ def test_survey_passes_only_if_this_releases_tests_ran_and_passed(
 
 
 def test_release_that_does_not_fit_is_reported_as_new_with_what_is_missing() -> None:
-    lines, misfits = latest.report("99.0", ATLAS[NEWEST] | {ACLIENT: look.ABSENT})
+    lines, incompatible = latest.report("99.0", ATLAS[NEWEST] | {ACLIENT: look.ABSENT})
     assert "a NEW release" in lines[0]
     assert f"  {ACLIENT}: absent" in lines
-    assert len(misfits) == 1
+    assert len(incompatible) == 1
 
 
 def test_shapes_that_differ_from_the_atlas_are_reported() -> None:

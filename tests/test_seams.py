@@ -7,6 +7,7 @@ import importlib
 import inspect
 import modulefinder
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -551,6 +552,7 @@ with Lab() as lab:
         sys.stdout.write("crashed")
         sys.stdout.flush()
 import os
+import subprocess
 os._exit(0)
 """,
         TINKER_ROUTEFIX=word,
@@ -719,6 +721,32 @@ assert "copy of tinker" in tinker_routefix.status().reason
         TINKER_ROUTEFIX_STRICT="0",
     )
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("first", ["tinker", "tinker_routefix"])
+def test_warning_of_an_unknown_release_points_at_the_programs_import(
+    tmp_path: Path, first: str
+) -> None:
+    """Not at what lies between: wrapt, Python's import system, or tinker's own modules."""
+    library = tmp_path / "tinker/lib"
+    library.mkdir(parents=True)
+    modules = "import tinker._client, tinker.lib.api_future_impl, tinker.lib.internal_client_holder"
+    (tmp_path / "tinker/__init__.py").write_text(f"{modules}\n")
+    for name in ("_client", "lib/api_future_impl", "lib/client_connection_pool_type"):
+        (tmp_path / f"tinker/{name}.py").touch()
+    (library / "internal_client_holder.py").touch()
+    program = tmp_path / "program.py"
+    second = "tinker" if first == "tinker_routefix" else "tinker_routefix"
+    program.write_text(f"import {first}\nimport {second}\n")
+    ended = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": in_front(tmp_path), "TINKER_ROUTEFIX_STRICT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert ended.stderr.startswith(f"{program}:2: RoutefixWarning: tinker_routefix does not fit")
 
 
 def test_warning_without_metadata_still_has_release_and_tracker(mocker: Any) -> None:

@@ -257,13 +257,16 @@ def test_forward_backward_retries_only_when_running(
     exact(lab, gradients=int(retries), optim_steps=0)
 
 
-def test_forward_backward_does_not_retry_when_job_deleted(make_lab: MakeLab) -> None:
-    """RUNNING when the 404 came, and for a replay or two; then it is deleted."""
+@pytest.mark.parametrize("refused", [0, 2], ids=["before the 404", "after a replay"])
+def test_forward_backward_does_not_retry_when_job_deleted(make_lab: MakeLab, refused: int) -> None:
     lab = make_lab()
     client = connect(lab.base_url)
-    lab.fault(Fault(kinds=["forward_backward"]))
+    if refused:
+        lab.fault(Fault(kinds=["forward_backward"]))
+    else:
+        lab.end_job()
     future = forward_backward(client)
-    while lab.count("forward_backward", refused=True) < 2:
+    while lab.count("forward_backward", refused=True) < refused:
         time.sleep(0.01)
     lab.end_job()
     with pytest.raises(tinker.NotFoundError) as caught:
@@ -271,6 +274,7 @@ def test_forward_backward_does_not_retry_when_job_deleted(make_lab: MakeLab) -> 
     assert "JOB_STATE_DELETED" in programs.notes(caught.value)
     assert programs.job_of(lab).failed_fast == 1
     sent = lab.count("forward_backward")
+    assert sent == 1 or refused
     time.sleep(1.5)
     assert lab.count("forward_backward") == sent, "a request that was given up goes on being sent"
     exact(lab, gradients=0, optim_steps=0)

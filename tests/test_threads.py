@@ -54,7 +54,7 @@ def test_system_that_starts_no_more_threads_is_an_error_like_any_other(
         asyncio.run(_threads.run(threading.get_ident))
 
 
-def test_busy_default_executor_does_not_hold_it_up() -> None:
+def test_call_in_a_thread_is_not_held_up_by_a_busy_default_executor() -> None:
     """A program may have a hundred tokenizers in it: a wait of a second took 45."""
     free = threading.Event()
 
@@ -71,7 +71,7 @@ def test_busy_default_executor_does_not_hold_it_up() -> None:
     asyncio.run(program())
 
 
-def test_loop_goes_on_meanwhile() -> None:
+def test_call_in_a_thread_lets_the_loop_go_on() -> None:
     ticked = threading.Event()
 
     async def program() -> bool:

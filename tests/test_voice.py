@@ -308,7 +308,8 @@ waits = threading.Event()
 tinker_routefix.subscribe(lambda event: event.name == "route.waiting" and waits.set())
 programs.forward_backward(client)
 waits.wait(60)
-time.sleep(0.5)
+# A replay comes two seconds after the 404, and the next one four seconds later.
+time.sleep(1.5)
 sys.exit(3)
 """
     ended = run(program(then=leaves), lab)

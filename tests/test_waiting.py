@@ -963,7 +963,7 @@ def test_warm_up_round_with_a_404_and_another_error_counts_as_a_404(time: Time, 
 
 
 def test_answer_before_the_last_refusal_does_not_end_the_warm_up_wait(time: Time) -> None:
-    """The probes are on their way for a second, and meanwhile another request got through."""
+    """The probes are in flight for a second, and meanwhile another request got through."""
     on = route()
     first, light = prober(time, heals=2, seconds=1), prober(time, heals=FOREVER)
     opened = iter((first, light))

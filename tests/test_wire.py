@@ -344,7 +344,9 @@ def test_half_of_the_replicas_stale_is_survived(both: Both, mode: Mode, transpor
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_graceful_reload_is_nothing_to_either(both: Both, mode: Mode, transport: str) -> None:
+def test_a_graceful_reload_changes_nothing_with_or_without_the_shim(
+    both: Both, mode: Mode, transport: str
+) -> None:
     for run in both(reload, mode, transport):
         run.exact(2)
         assert run.wire.count(404) == 0
@@ -540,7 +542,7 @@ def cut_body(wire: Wire) -> None:
 
 
 def delivered(wire: Wire) -> int:
-    """How often the trainer has handed out the first result."""
+    """How often the trainer has returned the first result."""
     ledger = wire.lab.ledger
     return sum(ledger.retrieved(one.request_id or "") for one in ledger.of("forward_backward"))
 
@@ -561,7 +563,7 @@ def test_what_plain_tinker_survives_the_shim_survives(
 @pytest.mark.wide
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_connections_that_idle_are_closed_and_nobody_minds(
+def test_run_over_idle_connections_that_are_closed_is_exact(
     both: Both, mode: Mode, transport: str
 ) -> None:
     for run in both(idle, mode, transport, idle=1):
@@ -638,7 +640,7 @@ def test_nginxs_own_404_ends_plain_tinker_and_not_the_shim(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("program", [cold_race, stale_polls, stale_submissions])
-def test_a_race_over_connections_that_are_closed_each_time(
+def test_a_race_over_connections_that_are_closed_each_time_is_survived(
     both: Both, program: Program, mode: Mode, transport: str
 ) -> None:
     plain, shim = both(program, mode, transport, http2=False, idle=0)

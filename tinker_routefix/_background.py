@@ -36,6 +36,7 @@ def renew_if_heartbeat(path: str, pooled: PooledClient) -> None:
     route = pooled.pool.route
     # What nobody was told, may have been a late answer of a job that goes on.
     if path == HEARTBEAT and not (route.given_up and route.job_ended):
+        route.publish(events.HeartbeatRefused)
         pooled.stale = True
         pooled.renew()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _answers, _connecting, _endpoints, _futures, _patching, _submissions
 from ._answers import Kind
-from ._verdict import Cure
+from ._verdict import Fix
 
 if TYPE_CHECKING:
     from ._connecting import ConnectBudget
@@ -59,7 +59,7 @@ class Call:
         if submission is not None and not kind.is_refusal:
             submission.record_try(self.path, error, self.route.job)
         if kind is Kind.NOT_READY:
-            self.route.record_fix(Cure.ROUTE_NOT_READY)
+            self.route.record_fix(Fix.ROUTE_NOT_READY)
         elif kind is Kind.ANSWER:
             # The route is there.
             self.route.mark_reachable(proof=False)

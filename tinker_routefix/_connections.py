@@ -151,7 +151,7 @@ class PooledClient:
         self._close_if_retired()
 
     async def _new_client(self) -> Any:
-        """One whose connection has been seen to answer, if two tries find one.
+        """One whose connection has answered, if two tries find one.
 
         Where some replicas know the route, its connection leads to one of them. Two tries at once,
         because a load balancer that takes turns leads the second one elsewhere.

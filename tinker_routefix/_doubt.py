@@ -10,6 +10,8 @@ from . import _log, _probes, _settings, _verdict, events
 from ._answers import Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._call import Call
 
 
@@ -24,9 +26,7 @@ class Doubt:
     def __init__(self, call: Call, error: Exception) -> None:
         self.call = call
         self.first = error
-        self.refused_at = self._began = time.monotonic()
-        self.sent = 0
-        """Replays over such connections."""
+        self.refused_at = time.monotonic()
         self.is_the_pods = False
         """The 404 has turned out to be an answer of the pod's."""
         self._cannot_probe = False
@@ -36,11 +36,11 @@ class Doubt:
         """Whether there is something to find out: not where probes are refused as well."""
         return not self._cannot_probe and self.call.route.probe_refused_at <= self.refused_at
 
-    async def send(self, *, counted: int = 0) -> Any:
-        """Send it over a connection that answers probes.
+    async def send(self, count: Callable[[], None]) -> Any:
+        """Send it over a connection that answers probes, three times at most.
 
         Args:
-            counted: How many of these replays have been counted already.
+            count: Counts each time it is sent.
 
         Raises:
             Exception: The request's 404: the pod's, or the gateway's where it refused the probe.
@@ -54,7 +54,7 @@ class Doubt:
                 _log.own_failure("opening a connection", failure, strict=strict)
                 self._cannot_probe = True
                 raise self.first from None
-            trial = _Trial(self, send, counted)
+            trial = _Trial(self, send, count)
             believed = await _verdict.is_the_pods(
                 trial.is_probe_answered, trial.is_refused, self.call.route.waiters.sleep
             )
@@ -64,27 +64,18 @@ class Doubt:
         self.is_the_pods = believed and not pooled.pool.has_own_http
         raise trial.last
 
-    def publish_replay(self) -> None:
-        """Say that it is sent once more."""
-        self.call.route.publish(
-            events.Replayed,
-            request=self.call.name,
-            replays=self.sent + 1,
-            seconds=round(time.monotonic() - self._began, 3),
-        )
-
 
 class _Trial:
     """What came back over one such connection."""
 
-    def __init__(self, doubt: Doubt, send: _probes.Send, counted: int) -> None:
+    def __init__(self, doubt: Doubt, send: _probes.Send, count: Callable[[], None]) -> None:
         self.answered = False
         self.answer: Any = None
         self.last = doubt.first
         self._doubt = doubt
         self._call = doubt.call
         self._send = send
-        self._counted = counted
+        self._count = count
 
     async def is_probe_answered(self) -> bool:
         """Send a probe."""
@@ -97,11 +88,7 @@ class _Trial:
 
     async def is_refused(self) -> bool:
         """Send the request; whether its 404 is again one that does not tell."""
-        if self._counted:
-            self._counted -= 1
-        else:
-            self._doubt.publish_replay()
-        self._doubt.sent += 1
+        self._count()
         try:
             self.answer = await self._send(self._call.send_with)
         except BaseException as error:

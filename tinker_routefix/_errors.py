@@ -65,7 +65,7 @@ def note_uncertain(error: BaseException, seen: object) -> None:
         error,
         f"tinker_routefix: {seen}.",
         "What to do: resume from a checkpoint, do not repeat the step: other parts of the "
-        "same batch may be on their way.",
+        "same batch may be in flight.",
     )
 
 

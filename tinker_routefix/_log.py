@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import TextIO
 
-_PACKAGE = globals().get("__file__", "?").removesuffix("_log.py")
+_NOT_THE_PROGRAM = {__package__, "wrapt", "importlib", "tinker", "fireworks"}
+"""Packages that lead from the program's line to a warning, where it imports or connects."""
 
 logger = logging.getLogger("tinker_routefix")
 logger.addHandler(logging.NullHandler())
@@ -169,7 +170,7 @@ def warn_the_program(message: str) -> None:
     outermost = frame
     while frame is not None:  # pragma: no branch - ends in threads that coverage does not see
         outermost = frame
-        if not frame.f_code.co_filename.startswith((_PACKAGE, "<frozen importlib")):
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_PROGRAM:
             break
         frame = frame.f_back
     assert outermost is not None

@@ -1,6 +1,6 @@
 """Install the seams, verify them, and uninstall them again.
 
-Installing probes every seam of an SDK, then wraps them all, then publishes; any failure undoes
+Installing inspects every seam of an SDK, then wraps them all, then publishes; any failure undoes
 what was done, so there is never half a patch. The ledger keeps the very object that stood in the
 owner's ``vars()``, so uninstalling restores by identity. Nothing of tinker is imported here:
 post-import hooks wait for its modules.
@@ -150,7 +150,7 @@ def _patch_if_complete(sdk: Sdk) -> None:
     wrapped = {patch.seam for patch in _ledger}
     begun: list[_Patch] = []
     try:
-        patches = [_probe(seam) for seam in sdk.seams if seam not in wrapped]
+        patches = [_inspect(seam) for seam in sdk.seams if seam not in wrapped]
         for patch in patches:
             begun.append(patch)
             setattr(patch.owner, patch.name, patch.wrapper)
@@ -178,7 +178,7 @@ def _patch_if_complete(sdk: Sdk) -> None:
         _log.event(logging.DEBUG, "shim.installed", text, release=release)
 
 
-def _probe(seam: Seam) -> _Patch:
+def _inspect(seam: Seam) -> _Patch:
     """Look whether a seam is what we take it for, and make its wrapper; changes nothing."""
     try:
         owner, name, original = wrapt.resolve_path(sys.modules[seam.module], seam.attribute)
@@ -205,7 +205,7 @@ def _behaviour(seam: Seam) -> Callable[..., Any]:
 
 
 def _unwrap(patches: list[_Patch]) -> None:
-    """Undo patches, the last one first; what is buried stays, also in the list."""
+    """Undo patches, the last one first; what was wrapped over stays, also in the list."""
     for patch in reversed(patches.copy()):
         standing = vars(patch.owner).get(patch.name)
         if standing is patch.wrapper:
@@ -213,10 +213,10 @@ def _unwrap(patches: list[_Patch]) -> None:
                 delattr(patch.owner, patch.name)
             else:
                 setattr(patch.owner, patch.name, patch.raw)
-        elif _is_buried(patch):
+        elif _is_wrapped_over(patch):
             _log.event(
                 logging.WARNING,
-                "seam.buried",
+                "seam.wrapped_over",
                 f"{patch.seam.attribute} has been wrapped by someone else since; the shim's "
                 "wrapper stays below it and passes everything through",
                 seam=patch.seam.attribute,
@@ -225,7 +225,7 @@ def _unwrap(patches: list[_Patch]) -> None:
         patches.remove(patch)
 
 
-def _is_buried(patch: _Patch) -> bool:
+def _is_wrapped_over(patch: _Patch) -> bool:
     standing = vars(patch.owner).get(patch.name)
     while standing is not None and standing is not patch.wrapper:
         standing = getattr(standing, "__wrapped__", None)
@@ -237,7 +237,7 @@ def _state(seam: Seam) -> SeamState:
         if patch.seam is seam:
             if vars(patch.owner).get(patch.name) is patch.wrapper:
                 return SeamState.OURS
-            return SeamState.WRAPPED_OVER if _is_buried(patch) else SeamState.REPLACED
+            return SeamState.WRAPPED_OVER if _is_wrapped_over(patch) else SeamState.REPLACED
     module = sys.modules.get(seam.module)
     if module is None:
         return SeamState.NOT_LOADED
@@ -269,7 +269,7 @@ def _wrap_again(sdk: Sdk, seam: Seam) -> None:
             return
         (lost,) = (patch for patch in _ledger if patch.seam is seam)
         try:
-            patch = _probe(seam)
+            patch = _inspect(seam)
         except Exception as error:  # noqa: BLE001 - what stands there is not ours
             if seam not in _complained:
                 _complained.add(seam)

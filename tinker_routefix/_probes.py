@@ -14,7 +14,7 @@ import httpx
 from . import _answers, _question, _settings, _threads, _verdict, events
 from ._answers import Kind
 from ._endpoints import API
-from ._verdict import Cure
+from ._verdict import Fix
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -76,7 +76,7 @@ class Prober:
             await self.send(self._request)
         except Exception as error:
             if self._kind_of(error) is Kind.NOT_READY:
-                self.route.record_fix(Cure.ROUTE_NOT_READY)
+                self.route.record_fix(Fix.ROUTE_NOT_READY)
             raise
 
     async def _request(self, client: Any) -> Any:

@@ -19,6 +19,8 @@ from ._prober import light_prober
 from ._replay import Replay
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._call import Call
 
 
@@ -60,24 +62,25 @@ class ReplayableRequest:
     async def _answer(self, replay: Replay) -> Any:
         may_replay = self._call.budget is not None or _settings.current().max_replays > 0
         if self._doubt is not None and may_replay and self.uncertain() is None:
-            # Whether it is the pod's own: by sending it where probes are answered.
+            # Whose it is: by sending it where probes are answered.
             await self._call.route.waiters.stagger()
             if self._doubt.can_be_settled:
                 try:
-                    answer = await self._doubt.send()
+                    answer = await self._doubt.send(replay.count)
                 except Exception as error:
                     if not self.is_refusal(error):
                         raise
                 else:
-                    replay.answered(self._doubt.sent)
+                    replay.answered()
                     return answer
         return await replay.run()
 
-    async def send_again(self) -> Any:
-        """Send the same request once more, over a connection that has not refused."""
+    async def send_again(self, count: Callable[[], None]) -> Any:
+        """Send it over a connection that has not refused."""
         if self._doubt is not None and self._doubt.can_be_settled:
-            return await self._doubt.send(counted=1)
+            return await self._doubt.send(count)
         pooled = await self._call.pooled.fresh()
+        count()
         try:
             return await pooled.send(self._call.send_with)
         except BaseException as error:

@@ -35,8 +35,8 @@ class Request(Protocol):
     headers: Mapping[str, str]
     """Their credentials go to the control plane."""
 
-    async def send_again(self) -> Any:
-        """Send the same request once more, over a fresh connection."""
+    async def send_again(self, count: Callable[[], None]) -> Any:
+        """Send it again, over a fresh connection; count each time."""
 
     def is_refusal(self, error: BaseException) -> bool:
         """Whether an error is again a 404 that may be the gateway's."""
@@ -112,7 +112,7 @@ class Replay:
             if not await self._verify_running():
                 raise self.error
             with attempt:
-                answer = await self._send_again()
+                answer = await self._request.send_again(self.count)
         return answer
 
     async def _should_retry(self, error: BaseException) -> bool:
@@ -160,22 +160,18 @@ class Replay:
         running = answer.told is Told.RUNNING and answer.answered_at >= refused_at
         return running or self._route.proven_at >= refused_at
 
-    async def _send_again(self) -> Any:
-        self.replays += 1
-        self._publish(events.Replayed)
-        # A poll that the pod holds is no wait of ours.
-        self.wait.waits = False
-        try:
-            return await self._request.send_again()
-        finally:
-            self.wait.waits = True
-
     # --- What is told --------------------------------------------------------------------
 
-    def answered(self, replays: int) -> None:
-        """It was answered before it came to waiting."""
+    def count(self) -> None:
+        """One more replay."""
+        # A poll that the pod holds is no wait of ours.
+        self.wait.waits = False
+        self.replays += 1
+        self._publish(events.Replayed)
+
+    def answered(self) -> None:
+        """Answered before it came to waiting."""
         self._record_404(self.error)
-        self.replays = replays
         self._record_recovery()
 
     def _record_404(self, error: Exception) -> None:

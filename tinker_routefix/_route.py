@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ._control_plane import ControlPlane
     from ._counters import Counters
     from ._job import Job
-    from ._verdict import Cure
+    from ._verdict import Fix
     from ._voice import Waiter
 
 _E = TypeVar("_E", bound=events.Event)
@@ -97,7 +97,7 @@ class Route:
         """Note that the program, or a warm-up in its place, got a 404 that is not the pod's."""
         self.publish(events.Refused, request=request, replays=replays)
 
-    def record_fix(self, cure: Cure) -> None:
+    def record_fix(self, cure: Fix) -> None:
         """Note that the gateway was seen to tell a stale route from a job that is gone."""
         self.publish(events.FixSeen, fix=cure.value)
 

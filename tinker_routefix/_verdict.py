@@ -30,7 +30,7 @@ class Verdict(enum.Enum):
     UNKNOWN = "unknown"
 
 
-class Cure(enum.Enum):
+class Fix(enum.Enum):
     """How a gateway can tell a stale route from a job that is gone, so that the SDK knows."""
 
     ROUTE_NOT_READY = "503 route_not_ready"

@@ -30,14 +30,14 @@ EVERY = 15.0
 told more often either."""
 
 LOOK_AGAIN = 0.5
-"""Seconds until it is looked again whether someone waits, where all replays are on their way."""
+"""Seconds until it is looked again whether someone waits, where all replays are in flight."""
 
 
 class Waiter(Protocol):
     """A request, or a warm-up, that has its way through a stale route."""
 
     waits: bool
-    """Whether it has received a 404 and no replay of it is on its way."""
+    """Whether it has received a 404 and no replay of it is in flight."""
     answer: Answer
     """The control plane's last response."""
 

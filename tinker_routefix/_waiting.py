@@ -50,7 +50,7 @@ class RouteWait:
         self.answer = NOT_ASKED
         """The control plane's last response."""
         self.waits = True
-        """Whether it has received a 404 and no replay of it is on its way."""
+        """Whether it has received a 404 and no replay of it is in flight."""
         self.refused_at = self._began = time.monotonic()
         self._probe = probe
         self._budget = budget
@@ -74,6 +74,7 @@ class RouteWait:
 
     def record_404(self) -> None:
         """The gateway has refused just now."""
+        self.waits = True
         self.refused_at = time.monotonic()
         if self._budget is not None:
             self._budget.start()

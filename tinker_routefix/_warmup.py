@@ -137,7 +137,7 @@ class _WarmUp:
         if await prober.is_the_pods(error):
             self._is_the_pods = True
             return False
-        self._refused = wait.waits = True
+        self._refused = True
         wait.record_404()
         self._route.record_404("warm-up", self._rounds - 1)
         await wait.ask(prober.headers(error))

@@ -27,6 +27,7 @@ __all__ = [
     "FailedFast",
     "FixSeen",
     "GivenUp",
+    "HeartbeatRefused",
     "ProbesSent",
     "QuestionAnswered",
     "QuestionAsked",
@@ -279,7 +280,10 @@ class WaitOver(Event):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed(RequestEvent):
-    """A refused request is sent again."""
+    """A refused request is sent again; also where its 404 does not tell whose it is, to find out.
+
+    Such a 404 is a :class:`Refused` only once it is known not to be the pod's.
+    """
 
     name: ClassVar[str] = "route.replayed"
     _level: ClassVar[int] = logging.DEBUG
@@ -408,6 +412,19 @@ class TelemetryDropped(Event):
 
     def __str__(self) -> str:
         return f"dropped a batch of telemetry of job {self.job}, which has no route"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatRefused(Event):
+    """A heartbeat got a 404 that is not the pod's own; the next one has another connection."""
+
+    name: ClassVar[str] = "heartbeat.refused"
+
+    def __str__(self) -> str:
+        return (
+            f"the gateway answered a heartbeat of job {self.job} with a 404; its connection is "
+            "replaced"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

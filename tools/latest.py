@@ -36,13 +36,15 @@ def report(release: str, shapes: dict[str, Shape]) -> tuple[list[str], list[str]
     lines = [f"tinker {release}, {'known' if release in atlas else f'a NEW release: {known}'}"]
     for where, what in compared(shapes, atlas.get(release, atlas[newest])).items():
         lines.append(f"  {where}: {what}")
-    return lines, files.misfits(shapes)
+    return lines, files.incompatible(shapes)
 
 
 if __name__ == "__main__":
     spec = importlib.util.find_spec("tinker")
     if spec is None or spec.origin is None:
         sys.exit("tinker is not installed")
-    lines, misfits = report(metadata.version("tinker"), look.look(Path(spec.origin).parent.parent))
+    lines, incompatible = report(
+        metadata.version("tinker"), look.look(Path(spec.origin).parent.parent)
+    )
     sys.stdout.write("\n".join([*lines, ""]))
-    sys.exit("\n".join(["The shim does not fit:", *misfits]) if misfits else 0)
+    sys.exit("\n".join(["The shim does not fit:", *incompatible]) if incompatible else 0)

@@ -158,8 +158,8 @@ def _put(path: Path, text: str, *, check: bool) -> bool:
 
 def _news(release: str, tree: Path) -> str:
     """What the shim will meet in a release that nobody has looked at."""
-    misfits = files.misfits(look.look(tree))
-    return f"NEW: tinker {release}: " + ("; ".join(misfits) or "the shim fits its seams")
+    incompatible = files.incompatible(look.look(tree))
+    return f"NEW: tinker {release}: " + ("; ".join(incompatible) or "the shim fits its seams")
 
 
 @click.command(help="Write releases.toml and atlas.toml anew.")

@@ -81,7 +81,7 @@ def _shape(fields: dict[str, Any]) -> Shape:
     return look.Shape(**known)
 
 
-def misfits(shapes: dict[str, Shape]) -> list[str]:
+def incompatible(shapes: dict[str, Shape]) -> list[str]:
     """Why the shim does not fit a release: by the same rules as when it is installed.
 
     One rule is stricter. Source shows what a decorator is called but not what it returns, so

@@ -132,8 +132,8 @@ exit codes:
   2  wrong usage"""
 _CHECK_CODES = """\
 exit codes:
-  0    healthy: the control plane says RUNNING, and the pod answered every probe
-  3    racing: the route was refused while the control plane said RUNNING
+  0    healthy: the control plane answers RUNNING, the pod answered every probe
+  3    racing: the route was refused while the control plane answered RUNNING
   4    gone: the job has ended or is suspended, or there is none
   5    wrong key: the gateway or the control plane does not accept it
   6    unreachable: no answer from the gateway; what is at fault is named
@@ -300,7 +300,7 @@ def _parsers(program: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentPa
     lab.add_argument(
         "--state",
         default="JOB_STATE_RUNNING",
-        help="what the control plane says about the jobs (default: JOB_STATE_RUNNING)",
+        help="the state of the jobs in the control plane's response (default: JOB_STATE_RUNNING)",
     )
     lab.add_argument(
         "--tls", action="store_true", help="serve https, with a certificate authority of its own"

@@ -51,7 +51,7 @@ class Checker:
         self._window: collections.deque[Probe] = collections.deque(maxlen=WINDOW)
         self._streak = 0
         self._streak_running = 0
-        """Answers in a row, all while the control plane said RUNNING."""
+        """Answers in a row, all while the control plane answered RUNNING."""
         self._race_began = math.nan
         self._was_starting = False
         self._began = time.monotonic()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from tinker_routefix import _verdict
-from tinker_routefix._verdict import Cure, Verdict
+from tinker_routefix._verdict import Fix, Verdict
 from tinker_routefix._version import __version__
 
 from .diagnosis import Fault, explain, proxy_for
@@ -66,7 +66,7 @@ class Probe:
 def read_probe(status: int, body: bytes) -> Probe:
     """What an answer to a probe means; never raises."""
     if _verdict.is_route_not_ready(status, body):
-        return Probe(Seen.NOT_READY, Cure.ROUTE_NOT_READY.value, status)
+        return Probe(Seen.NOT_READY, Fix.ROUTE_NOT_READY.value, status)
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         return Probe(Seen.DENIED, f"HTTP {status}", status)
     if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):

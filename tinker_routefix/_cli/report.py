@@ -57,7 +57,7 @@ class Report:
     failed: int = 0
     other: int = 0
     raced: int = 0
-    """Probes that were not let through while the control plane said RUNNING."""
+    """Probes that were not let through while the control plane answered RUNNING."""
     race_seconds: float = 0.0
     """From the first to the last of them."""
     slowest: float | None = None

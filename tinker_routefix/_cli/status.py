@@ -58,7 +58,7 @@ def show(*, as_json: bool, to: Screen | None = None) -> int:
 def _import_sdks() -> dict[str, tuple[SdkState, str | None]]:
     """Import every module that has a seam; the state of each SDK that is not there to import."""
     found: dict[str, tuple[SdkState, str | None]] = {}
-    # Whatever they print has no place in our own output, and a misfit is shown there.
+    # Whatever they print has no place in our own output, and what does not fit is shown there.
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore", RoutefixWarning)
         for sdk in _seams.SDKS:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from tinker_routefix._job_state import JobState
-from tinker_routefix._verdict import Cure
+from tinker_routefix._verdict import Fix
 
 from .diagnosis import Fault
 from .probes import Probe, Seen
@@ -51,7 +51,7 @@ class Evidence:
     streak: int
     """Answers in a row, up to now."""
     streak_running: int
-    """Those of them while the control plane said RUNNING."""
+    """Those of them while the control plane answered RUNNING."""
     state: JobState
     """What the control plane's last response means."""
     proxy: Proxy | None
@@ -115,7 +115,7 @@ class Evidence:
 
     def _gone(self, last: Probe) -> Outcome:
         report = self.report
-        message = f"the control plane says: {report.control_plane}"
+        message = f"the control plane's response: {report.control_plane}"
         if last.seen is Seen.ANSWERED:
             message += ", although the route still answers"
         known = report.control_plane.startswith("JOB_STATE_")
@@ -228,7 +228,7 @@ class Evidence:
         """Name the fix that the gateway showed, if it did, in the report."""
         report = self.report
         if report.not_ready:
-            report.gateway_fix = Cure.ROUTE_NOT_READY.value
+            report.gateway_fix = Fix.ROUTE_NOT_READY.value
             report.gateway_fix_message = (
                 "the gateway answers 503 route_not_ready for a stale route, which the SDK repeats "
                 "by itself: this gateway does not need the shim"

@@ -105,7 +105,7 @@ class Gateway:
         self.exchanges: list[Exchange] = []
         self.trainers: dict[str, Trainer] = {}
         self.closed_at: list[float] = []
-        """When all connections were closed: answers that were on their way are lost."""
+        """When all connections were closed: answers that were in flight are lost."""
         self._settings = settings
         self._replicas = replicas
         self._pinning = pinning

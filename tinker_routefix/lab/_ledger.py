@@ -33,7 +33,7 @@ class Execution:
     """The model, or the sampling session of a sample."""
     seq_id: int | None = None
     request_id: str | None = None
-    """The future that was handed out, None for operations that answer at once."""
+    """The future that was returned, None for operations that answer at once."""
     datums: int = 0
     """How many datums or samples it was about."""
     once: Hashable = None
