@@ -60,7 +60,7 @@ RERUNS = ("--reruns", "1") if os.environ.get("CI") == "true" else ()
 BRANCHES = ("--branch",) if os.environ.get("COVERAGE_BRANCHES") else ()
 ALL = ("tests", *(f"--ignore={name}" for name in FILES["own-session"]))
 # Each worker collects all tests of its files, and few of them are these.
-CORE = ("-n", "4", "-m", "core", *(f"tests/test_{name}.py" for name in MATRIX["core"]))
+CORE = ("-n", "3", "-m", "core", *(f"tests/test_{name}.py" for name in MATRIX["core"]))
 
 
 # --- What ran, in one line ---------------------------------------------------------------
@@ -334,13 +334,15 @@ def compat(session: nox.Session) -> None:
         install(session, requirement(tinker))
         if tinker == "newest" and main:
             # What `tests` of this run has covered is not run again.
-            pytest(session, *(["-m", "long"] if covered_by("tests").is_dir() else []), *ALL)
+            long = ("-n", "4", "-m", "long", *FILES["compat"])
+            pytest(session, *(long if covered_by("tests").is_dir() else ALL))
         elif main and tinker in MATRIX["thorough"]:
             # `robustness` covers what the oldest does.
             pytest(session, *FILES["compat"], covered=tinker != OLDEST)
         else:
             pytest(session, *CORE, covered=False)
-            if tinker == "newest":
+            # On the oldest Python `minimums` runs what hangs most on it.
+            if tinker == "newest" and session.python != OLDEST_PYTHON:
                 pytest(session, "-m", "not long", *FILES["any-tinker"])
 
     each(session, MATRIX["tinkers"] if main else MATRIX["everywhere"], run)
@@ -468,7 +470,9 @@ def site(session: nox.Session) -> None:
     groups = nox.project.dependency_groups(PROJECT, "docs", "test")
     session.install("-e", ".[lab,tinker]", *groups, "playwright")
     report = f"--junitxml={RUN / 'site.xml'}"
-    session.run("python", "-m", "pytest", "-q", report, *session.posargs, "tests/test_site.py")
+    session.run(
+        "python", "-m", "pytest", "-q", report, *(session.posargs or ["tests/test_site.py"])
+    )
 
 
 # In parallel it waits until all others have ended.

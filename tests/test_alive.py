@@ -687,8 +687,14 @@ def test_request_refused_in_html_and_then_by_the_gateway_is_survived(make_lab: M
     exact(lab, gradients=1, optim_steps=1)
     assert lab.count("optim_step") == 3
     assert programs.job_of(lab).replays == 2
-    counted = [one.replays for one in seen if isinstance(one, events.Replayed | events.Recovered)]
-    assert counted == [1, 2, 2]
+    told = [(one.name, one.replays) for one in seen if isinstance(one, events.RequestEvent)]
+    assert sorted(told) == [
+        ("route.recovered", 2),
+        ("route.refused", 0),
+        ("route.refused", 1),
+        ("route.replayed", 1),
+        ("route.replayed", 2),
+    ]
 
 
 def test_request_refused_in_html_needs_no_connection_once_a_probe_was_refused(
@@ -871,7 +877,9 @@ def test_replay_is_sent_over_a_connection_that_has_answered_a_probe(make_lab: Ma
     not hasattr(tinker.lib.internal_client_holder.InternalClientHolder, "_session_heartbeat"),
     reason="this release has no session",
 )
-def test_heartbeats_leave_a_replica_that_stays_stale(make_lab: MakeLab) -> None:
+def test_heartbeats_leave_a_replica_that_stays_stale(
+    make_lab: MakeLab, overheard: Overheard
+) -> None:
     lab = make_lab(replicas=2)
     client = connect(lab.base_url)
     (created,) = (e for e in lab.exchanges if e.kind == "create_session")
@@ -880,8 +888,9 @@ def test_heartbeats_leave_a_replica_that_stays_stale(make_lab: MakeLab) -> None:
     while not any(e.kind == "heartbeat" and e.status == 200 for e in lab.exchanges):
         assert time.monotonic() < end, [str(e) for e in lab.exchanges if e.kind == "heartbeat"]
         time.sleep(0.5)
-    assert 1 <= lab.count("heartbeat", status=404) <= 3
-    assert programs.job_of(lab).last_intervention is not None
+    refused = lab.count("heartbeat", status=404)
+    assert 1 <= refused <= 3
+    assert overheard.events.count("heartbeat.refused") == refused
     train(client)
 
 

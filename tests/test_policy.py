@@ -142,8 +142,8 @@ class Request:
         self.headers: Mapping[str, str] = {}
         self._send = send
 
-    async def send_again(self, count: Callable[[], None]) -> Any:
-        count()
+    async def send_again(self, replay: Replay) -> Any:
+        replay.count()
         return await self._send()
 
     def is_refusal(self, error: BaseException) -> bool:
@@ -595,6 +595,20 @@ def test_refused_request_and_its_replay_are_freed_without_garbage_collection(kin
         held: list[weakref.ref[Any]] = [weakref.ref(request), weakref.ref(replay)]
         del request, replay
         assert [one() for one in held] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("clock")
+def test_request_that_got_through_is_freed_without_garbage_collection() -> None:
+    async def got_through() -> weakref.ref[Any]:
+        made = replay(route(), Sender(None, None, "answer"))
+        assert await made.run() == "answer"
+        return weakref.ref(made)
+
+    gc.disable()
+    try:
+        assert asyncio.run(got_through())() is None
     finally:
         gc.enable()
 

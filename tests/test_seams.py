@@ -552,7 +552,6 @@ with Lab() as lab:
         sys.stdout.write("crashed")
         sys.stdout.flush()
 import os
-import subprocess
 os._exit(0)
 """,
         TINKER_ROUTEFIX=word,
@@ -723,11 +722,14 @@ assert "copy of tinker" in tinker_routefix.status().reason
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("first", ["tinker", "tinker_routefix"])
+@pytest.mark.parametrize("first", ["tinker", "tinker_routefix", "os"])
 def test_warning_of_an_unknown_release_points_at_the_programs_import(
     tmp_path: Path, first: str
 ) -> None:
-    """Not at what lies between: wrapt, Python's import system, or tinker's own modules."""
+    """Not at what lies between: wrapt, Python's import system, or tinker's own modules.
+
+    Where another module is imported first, the shim is loaded by the variable.
+    """
     library = tmp_path / "tinker/lib"
     library.mkdir(parents=True)
     modules = "import tinker._client, tinker.lib.api_future_impl, tinker.lib.internal_client_holder"
@@ -736,11 +738,16 @@ def test_warning_of_an_unknown_release_points_at_the_programs_import(
         (tmp_path / f"tinker/{name}.py").touch()
     (library / "internal_client_holder.py").touch()
     program = tmp_path / "program.py"
-    second = "tinker" if first == "tinker_routefix" else "tinker_routefix"
+    second = "tinker_routefix" if first == "tinker" else "tinker"
     program.write_text(f"import {first}\nimport {second}\n")
     ended = subprocess.run(
         [sys.executable, program],
-        env={**os.environ, "PYTHONPATH": in_front(tmp_path), "TINKER_ROUTEFIX_STRICT": "0"},
+        env={
+            **os.environ,
+            "PYTHONPATH": in_front(tmp_path),
+            "TINKER_ROUTEFIX_STRICT": "0",
+            "TINKER_ROUTEFIX_AUTOLOAD": "1" if first == "os" else "",
+        },
         capture_output=True,
         text=True,
         timeout=120,

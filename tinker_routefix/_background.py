@@ -35,7 +35,8 @@ def renew_if_heartbeat(path: str, pooled: PooledClient) -> None:
     """Renew the client of a heartbeat: it is kept alive to a replica that may stay stale."""
     route = pooled.pool.route
     # What nobody was told, may have been a late answer of a job that goes on.
-    if path == HEARTBEAT and not (route.given_up and route.job_ended):
+    told_gone = route.given_up and route.job_ended
+    if path == HEARTBEAT and not told_gone and pooled.pool.replacement() is not None:
         route.publish(events.HeartbeatRefused)
         pooled.stale = True
         pooled.renew()

@@ -6,8 +6,8 @@ stale replica. So a client over which a 404 came is *stale*: the first request t
 a fresh connection has it replaced in its pool, everyone else shares the replacement, and
 the retired client is closed once nobody uses it any more. With 100 requests waiting, a
 client for each of them was measured at 520 connections and a loop that stood still for 2 s;
-so there are at most two replacements a second, however many requests are refused, and a replay
-waits for one of them.
+so there are at most two replacements of a client a second, however many requests it has lost, and
+a replay waits for one of them.
 """
 
 from __future__ import annotations

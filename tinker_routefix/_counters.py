@@ -66,8 +66,6 @@ class Counters:
                 self.warmup_seconds += event.seconds
                 if event.refused:
                     self._refused_warmup_ended(event)
-            case events.HeartbeatRefused():
-                self.last_intervention = event.at
             case events.FixSeen():
                 self.gateway_fix = event.fix
 

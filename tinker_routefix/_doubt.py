@@ -10,9 +10,8 @@ from . import _log, _probes, _settings, _verdict, events
 from ._answers import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ._call import Call
+    from ._replay import Replay
 
 
 class Doubt:
@@ -20,12 +19,10 @@ class Doubt:
 
     Args:
         call: The request.
-        error: Its 404.
     """
 
-    def __init__(self, call: Call, error: Exception) -> None:
+    def __init__(self, call: Call) -> None:
         self.call = call
-        self.first = error
         self.refused_at = time.monotonic()
         self.is_the_pods = False
         """The 404 has turned out to be an answer of the pod's."""
@@ -36,11 +33,11 @@ class Doubt:
         """Whether there is something to find out: not where probes are refused as well."""
         return not self._cannot_probe and self.call.route.probe_refused_at <= self.refused_at
 
-    async def send(self, count: Callable[[], None]) -> Any:
+    async def send(self, replay: Replay) -> Any:
         """Send it over a connection that answers probes, three times at most.
 
         Args:
-            count: Counts each time it is sent.
+            replay: Counts each time it is sent.
 
         Raises:
             Exception: The request's 404: the pod's, or the gateway's where it refused the probe.
@@ -53,8 +50,8 @@ class Doubt:
                 strict = _settings.current().strict
                 _log.own_failure("opening a connection", failure, strict=strict)
                 self._cannot_probe = True
-                raise self.first from None
-            trial = _Trial(self, send, count)
+                raise replay.error from None
+            trial = _Trial(self, send, replay)
             believed = await _verdict.is_the_pods(
                 trial.is_probe_answered, trial.is_refused, self.call.route.waiters.sleep
             )
@@ -68,14 +65,14 @@ class Doubt:
 class _Trial:
     """What came back over one such connection."""
 
-    def __init__(self, doubt: Doubt, send: _probes.Send, count: Callable[[], None]) -> None:
+    def __init__(self, doubt: Doubt, send: _probes.Send, replay: Replay) -> None:
         self.answered = False
         self.answer: Any = None
-        self.last = doubt.first
+        self.last = replay.error
         self._doubt = doubt
         self._call = doubt.call
         self._send = send
-        self._count = count
+        self._replay = replay
 
     async def is_probe_answered(self) -> bool:
         """Send a probe."""
@@ -88,7 +85,7 @@ class _Trial:
 
     async def is_refused(self) -> bool:
         """Send the request; whether its 404 is again one that does not tell."""
-        self._count()
+        self._replay.count()
         try:
             self.answer = await self._send(self._call.send_with)
         except BaseException as error:
@@ -99,5 +96,6 @@ class _Trial:
         else:
             self.answered = True
             return False
+        self._replay.wait.waits = True
         self._doubt.refused_at = time.monotonic()
         return kind is Kind.UNKNOWN_404 and self._call.uncertain() is None

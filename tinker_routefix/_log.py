@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import TextIO
 
-_NOT_THE_PROGRAM = {__package__, "wrapt", "importlib", "tinker", "fireworks"}
+_OURS = {__package__, "_tinker_routefix_autoload"}
+_NOT_THE_PROGRAM = _OURS | {"wrapt", "importlib", "tinker", "fireworks"}
 """Packages that lead from the program's line to a warning, where it imports or connects."""
 
 logger = logging.getLogger("tinker_routefix")
@@ -170,7 +171,7 @@ def warn_the_program(message: str) -> None:
     outermost = frame
     while frame is not None:  # pragma: no branch - ends in threads that coverage does not see
         outermost = frame
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_PROGRAM:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _NOT_THE_PROGRAM:
             break
         frame = frame.f_back
     assert outermost is not None

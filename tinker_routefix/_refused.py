@@ -19,8 +19,6 @@ from ._prober import light_prober
 from ._replay import Replay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ._call import Call
 
 
@@ -37,7 +35,7 @@ class ReplayableRequest:
         self.name = call.name
         self.headers = _answers.headers_of(error)
         self._call = call
-        self._doubt = Doubt(call, error) if kind is Kind.UNKNOWN_404 else None
+        self._doubt = Doubt(call) if kind is Kind.UNKNOWN_404 else None
         self._keep_idempotency_key()
 
     def replay(self, error: Exception) -> Replay:
@@ -66,21 +64,22 @@ class ReplayableRequest:
             await self._call.route.waiters.stagger()
             if self._doubt.can_be_settled:
                 try:
-                    answer = await self._doubt.send(replay.count)
+                    answer = await self._doubt.send(replay)
                 except Exception as error:
                     if not self.is_refusal(error):
                         raise
+                    replay.error = error
                 else:
                     replay.answered()
                     return answer
         return await replay.run()
 
-    async def send_again(self, count: Callable[[], None]) -> Any:
+    async def send_again(self, replay: Replay) -> Any:
         """Send it over a connection that has not refused."""
         if self._doubt is not None and self._doubt.can_be_settled:
-            return await self._doubt.send(count)
+            return await self._doubt.send(replay)
         pooled = await self._call.pooled.fresh()
-        count()
+        replay.count()
         try:
             return await pooled.send(self._call.send_with)
         except BaseException as error:
@@ -94,7 +93,7 @@ class ReplayableRequest:
         return _answers.kind_of(error, self._call.route.job).is_refusal
 
     def uncertain(self) -> str | None:
-        """How an earlier try ended that may have been carried out, if that matters here."""
+        """As :meth:`Call.uncertain`."""
         return self._call.uncertain()
 
     def _keep_idempotency_key(self) -> None:

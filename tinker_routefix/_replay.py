@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tenacity.asyncio import AsyncRetrying, retry_if_exception
@@ -35,7 +36,7 @@ class Request(Protocol):
     headers: Mapping[str, str]
     """Their credentials go to the control plane."""
 
-    async def send_again(self, count: Callable[[], None]) -> Any:
+    async def send_again(self, replay: Replay) -> Any:
         """Send it again, over a fresh connection; count each time."""
 
     def is_refusal(self, error: BaseException) -> bool:
@@ -71,14 +72,15 @@ class Replay:
         self.wait = RouteWait(route, probe, budget)
         self._route = route
         self._request = request
+        self._published = 0
         self.wait.record_404()
 
     async def run(self) -> Any:
         """The request's answer.
 
         Raises:
-            Exception: Whatever the request was answered with in the end: the 404, with a
-                note on it, where the job is not running or the budget is exhausted.
+            Exception: What it was answered with in the end: the 404, with a note on it, where the
+                job is not running or the budget is exhausted.
         """
         await self._route.waiters.stagger()
         self._record_404(self.error)
@@ -96,15 +98,14 @@ class Replay:
         return answer
 
     async def _until_answered(self) -> Any:
-        """Refused: ask, wait, ask, send. Each attempt of the policy is one replay.
-
-        A policy of its own, as tenacity keeps a call's state on it.
-        """
+        """Refused: ask, wait, ask, send. Each attempt of the policy is one round of it."""
         if not await self._should_retry(self.error) or self.wait.exhausted():
             raise self.error
+        # Its own policy: tenacity keeps a call's state there, a cycle that must not hold a batch.
+        me = weakref.proxy(self)
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception(self._should_retry),
-            stop=lambda _: self.wait.exhausted(),
+            retry=retry_if_exception(lambda error: me._should_retry(error)),
+            stop=lambda _: me.wait.exhausted(),
             sleep=asyncio.sleep,
             reraise=True,
         ):
@@ -112,7 +113,7 @@ class Replay:
             if not await self._verify_running():
                 raise self.error
             with attempt:
-                answer = await self._request.send_again(self.count)
+                answer = await self._request.send_again(self)
         return answer
 
     async def _should_retry(self, error: BaseException) -> bool:
@@ -171,16 +172,22 @@ class Replay:
 
     def answered(self) -> None:
         """Answered before it came to waiting."""
-        self._record_404(self.error)
         self._record_recovery()
 
     def _record_404(self, error: Exception) -> None:
         if error is not self.error:
             self._break_cycle()
             self.error = error
-        self._route.record_404(self._request.name, self.replays)
+        self._publish_404s(self.replays + 1)
+
+    def _publish_404s(self, number: int) -> None:
+        # One try can be several replays.
+        for replays in range(self._published, number):
+            self._route.record_404(self._request.name, replays)
+        self._published = number
 
     def _record_recovery(self) -> None:
+        self._publish_404s(self.replays)
         self._route.mark_reachable(proof=True)
         self._break_cycle()
         self._publish(events.Recovered)

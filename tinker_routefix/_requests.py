@@ -117,7 +117,7 @@ async def _send(
 def _settlement(call: Call, error: Exception) -> Callable[[], Coroutine[Any, Any, Any]] | None:
     """What settles a request that has failed; None: the program gets the error."""
     if call.path == _endpoints.TELEMETRY and _answers.is_404(error):
-        # The pod's own as well, where a program waits for it: it may not know telemetry.
+        # The pod's own as well: it may not know telemetry.
         refused = _answers.kind_of(error, call.route.job).is_refusal
         if refused or call.route.drops_telemetry:
             return functools.partial(

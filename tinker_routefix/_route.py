@@ -97,9 +97,9 @@ class Route:
         """Note that the program, or a warm-up in its place, got a 404 that is not the pod's."""
         self.publish(events.Refused, request=request, replays=replays)
 
-    def record_fix(self, cure: Fix) -> None:
+    def record_fix(self, fix: Fix) -> None:
         """Note that the gateway was seen to tell a stale route from a job that is gone."""
-        self.publish(events.FixSeen, fix=cure.value)
+        self.publish(events.FixSeen, fix=fix.value)
 
     def record_failure(self, waiter: Waiter) -> None:
         """Note that a 404 is raised to the program."""

@@ -40,16 +40,14 @@ def _seams(package: str, client: str) -> tuple[Seam, ...]:
             f"{package}.lib.internal_client_holder",
             "ClientConnectionPool.aclient",
             "_clients:lend_client",
-            "every request of every release borrows its client here: tells which client belongs "
-            "to which pool and job",
+            "every request borrows its client here: tells which belongs to which pool and job",
             coroutine=False,
         ),
         Seam(
             f"{package}._client",
             f"{client}.request",
             "_requests:guard_request",
-            "every request passes: a gateway 404 is replayed once the control plane has verified "
-            "it",
+            "every request passes: a gateway 404 is replayed once it is known that the job runs",
             coroutine=True,
             parameters=("cast_to", "options"),
         ),

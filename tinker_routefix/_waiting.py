@@ -1,6 +1,6 @@
 """One wait for a route: a request's that was refused, or a warm-up's.
 
-It ends early when the route works again, for whomever, or when there is nothing to wait for.
+It ends early when the route works again, or when there is nothing to wait for.
 """
 
 from __future__ import annotations

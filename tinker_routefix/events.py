@@ -419,6 +419,7 @@ class HeartbeatRefused(Event):
     """A heartbeat got a 404 that is not the pod's own; the next one has another connection."""
 
     name: ClassVar[str] = "heartbeat.refused"
+    _level: ClassVar[int] = logging.DEBUG
 
     def __str__(self) -> str:
         return (

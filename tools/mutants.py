@@ -37,6 +37,7 @@ def survivors(module: str, directory: Path) -> tuple[int, dict[str, list[str]]]:
     # A change can make a test wait for ever.
     options = (
         "-x -q -p no:cacheprovider -p no:logging -p pytest_mock -p pytest_timeout --timeout 60"
+        " -p pytest_rerunfailures"
     )
     pytest = shlex.join([sys.executable, "-m", "pytest", *options.split(), *TESTS[module]])
     config = KNOWN["cosmic-ray"] | {
