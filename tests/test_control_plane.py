@@ -36,7 +36,7 @@ from tinker_routefix.lab import Answer as HttpAnswer
 from tinker_routefix.lab import Fault, Lab
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from tests.conftest import Overheard
 
@@ -103,6 +103,16 @@ def test_oversized_answer_gives_unknown(lab: Lab, size: int) -> None:
     lab.fault(Fault(kinds=["control_plane"], at="control_plane", answer=HttpAnswer(200, body)))
     (answer,) = ask(lab)
     assert answer.state is JobState.UNKNOWN
+
+
+def test_end_of_an_oversized_answer_is_not_taken_for_it() -> None:
+    class Body(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b" " * (_question.MAX_BODY + 1)
+            yield RUNNING
+
+    response = httpx.Response(200, stream=Body())
+    assert asyncio.run(_question._read(response)) == (200, b"", None)
 
 
 # --- Answers as no control plane gives them ----------------------------------------------
@@ -341,10 +351,11 @@ def test_configured_control_plane_is_asked_instead_of_the_gateway(
     assert other.control_plane.questions == 1
 
 
-def test_concurrent_callers_share_one_question(lab: Lab) -> None:
+def test_concurrent_callers_share_one_question(lab: Lab, overheard: Overheard) -> None:
     answers = ask(lab, times=400)
     assert len(set(map(id, answers))) == 1
     assert lab.control_plane.questions == 1
+    assert "control_plane.own_client" not in overheard.events
 
 
 def test_answer_is_reused_for_a_second(lab: Lab, mocker: Any) -> None:
@@ -499,12 +510,14 @@ class Script:
         self.replies = list(replies)
         self.asked: list[tuple[float, dict[str, str]]] = []
         """When, and with which headers."""
+        self.addresses: list[Address] = []
         mocker.patch("time.monotonic", side_effect=lambda: self.now)
         mocker.patch.object(Connections, "fetch", self._fetch)
 
     async def _fetch(self, address: Address, credentials: dict[str, str]) -> Any:
         headers = credentials if address.headers is None else address.headers
         self.asked.append((round(self.now - 500.0, 3), dict(headers)))
+        self.addresses.append(address)
         reply = self.replies[min(len(self.asked), len(self.replies)) - 1]
         await asyncio.sleep(0)
         if isinstance(reply, Exception):
@@ -665,9 +678,14 @@ def test_rotating_keys_do_not_pile_up(mocker: Any) -> None:
     async def program() -> None:
         for number in range(100):
             await script.ask(control_plane, number, key=f"token-{number}")
+        assert len(control_plane._flights) == _control_plane.FLIGHTS
+        # The last one is known, the first one is not.
+        await script.ask(control_plane, 99, key="token-99")
+        assert len(script.asked) == 100
+        await script.ask(control_plane, 99, key="token-0")
 
     asyncio.run(program())
-    assert len(control_plane._flights) == _control_plane.FLIGHTS
+    assert len(script.asked) == 101
     assert "token" not in repr(control_plane._flights)
 
 
@@ -809,6 +827,7 @@ def test_manager_that_raises_leaves_the_gateway_to_be_asked(
     (answer,) = asyncio.run(script.ask(ControlPlane(JOB), 0, key="mine"))
     assert answer.told is Told.RUNNING
     assert script.asked == [(0, {"x-api-key": "mine"})]
+    assert script.addresses == [Address(JOB.gateway, None, verify=True)]
     assert "shim.failed" in overheard.events
     _addresses._managers.clear()
 
@@ -906,6 +925,7 @@ def test_kept_connection_that_is_lost_late_is_no_answer(lab: Lab) -> None:
         lost = Fault(kinds=["control_plane"], at="control_plane", drop=True, delay=1.2, count=1)
         lab.fault(lost)
         await _asks(control_plane, 1)
+        assert not control_plane.connections._kept
         return control_plane.last_answer
 
     assert asyncio.run(questions()).told is Told.NOTHING
@@ -1034,8 +1054,9 @@ def test_own_client_that_hangs_is_overtaken_by_a_question_as_the_environment_say
 class Slow(httpx.AsyncBaseTransport):
     """Answers once another way has failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, later: float = 0.0) -> None:
         self.failed = asyncio.Event()
+        self.later = later
 
     async def fail(self, _: object) -> httpx.AsyncClient:
         self.failed.set()
@@ -1043,21 +1064,38 @@ class Slow(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, _: httpx.Request) -> httpx.Response:
         await self.failed.wait()
+        await asyncio.sleep(self.later)
         said = httpx.ByteStream(b'{"state": "JOB_STATE_RUNNING"}')
         return httpx.Response(200, stream=said)
 
 
+@pytest.mark.parametrize("later", [0, 0.2])
 def test_slow_own_client_is_heard_although_the_environments_way_fails(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, later: float
 ) -> None:
     async def said() -> str:
-        control_plane, slow = ControlPlane(JOB), Slow()
+        control_plane, slow = ControlPlane(JOB), Slow(later)
         monkeypatch.setattr(_question, "_new_client", slow.fail)
         async with httpx.AsyncClient(transport=slow) as own:
             control_plane.connections.use(own)
             return (await control_plane.ask({})).message
 
     assert asyncio.run(said()) == "JOB_STATE_RUNNING"
+
+
+def test_own_client_that_answers_is_asked_with_time_after_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def questions() -> list[int]:
+        connections, own = Connections(JOB), Slow()
+        monkeypatch.setattr(_question, "_new_client", own.fail)
+        own.failed.set()
+        async with httpx.AsyncClient(transport=own) as client:
+            connections.use(client)
+            address = Address(JOB.gateway, None, verify=True)
+            return [(await connections.fetch(address, {}))[0] for _ in range(3)]
+
+    assert asyncio.run(questions()) == [200, 200, 200]
 
 
 def test_own_client_is_asked_with_again_where_the_environments_way_has_hung(
