@@ -294,9 +294,11 @@ def tests(session: nox.Session) -> None:
         # It doubles the time: not for what `compat` and `robustness` measure, or nobody.
         unmeasured = [f"tests/test_{name}.py" for name in MATRIX["unmeasured"]]
         apart = FILES["compat"] + FILES["robustness"] + unmeasured
-    pytest(session, "-m", "not long", *ALL, *(f"--ignore={name}" for name in apart))
+    # It is what is waited for: more workers, who wait for each other less.
+    options = ("-n", "12", "-m", "not long")
+    pytest(session, *options, *ALL, *(f"--ignore={name}" for name in apart))
     if apart:
-        pytest(session, "-m", "not long", *apart, covered=False)
+        pytest(session, *options, *apart, covered=False)
 
 
 @nox.session
