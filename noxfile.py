@@ -343,7 +343,7 @@ def compat(session: nox.Session) -> None:
             pytest(session, *FILES["compat"], covered=tinker != OLDEST)
         else:
             pytest(session, *CORE, covered=False)
-            # On the oldest Python `minimums` runs what hangs most on it.
+            # On GitHub `nox` runs them on the oldest as well.
             if tinker == "newest" and session.python != OLDEST_PYTHON:
                 pytest(session, "-m", "not long", *FILES["any-tinker"])
 

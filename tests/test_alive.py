@@ -616,6 +616,20 @@ def test_pods_own_404_of_unknown_shape_is_believed_in_seconds(
     assert (job.refused, job.given_up, job.last_intervention) == (0, 0, None)
 
 
+def test_pods_404_in_another_shape_behind_one_of_the_gateway_is_raised_in_seconds(
+    make_lab: MakeLab,
+) -> None:
+    lab = make_lab()
+    client = connect(lab.base_url)
+    lab.fault(Fault(kinds=["load"], count=1))
+    html = Answer(404, "<html>no such checkpoint</html>", "text/html")
+    lab.fault(Fault(kinds=["load"], at="pod", answer=html))
+    with programs.took(0, 20), pytest.raises(tinker.NotFoundError) as caught:
+        programs.load(client, "tinker://lab/weights/none")
+    assert not programs.notes(caught.value)
+    assert programs.job_of(lab).given_up == 0
+
+
 @pytest.mark.parametrize("body", OTHERS.values(), ids=OTHERS)
 def test_pod_without_get_info_in_another_shape_does_not_hold_connecting_up(
     make_lab: MakeLab, body: Any

@@ -613,6 +613,23 @@ def test_request_that_got_through_is_freed_without_garbage_collection() -> None:
         gc.enable()
 
 
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("script", [(), (None, None)])
+def test_404s_of_a_cancelled_request_are_counted(script: tuple[Any, ...]) -> None:
+    on = route()
+
+    async def cancelled() -> None:
+        running = asyncio.create_task(run(replay(on, Sender(*script, asyncio.CancelledError()))))
+        await asyncio.sleep(0)
+        if not script:
+            running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(cancelled())
+    assert (on.counters.refused, on.counters.cancelled) == (1 + len(script), 1)
+
+
 # --- The warm-up -------------------------------------------------------------------------
 
 

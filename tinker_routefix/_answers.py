@@ -1,7 +1,7 @@
-"""What an exception of the SDK says, told once.
+"""What an exception of the SDK says.
 
 An exception is an HTTP answer or the lack of one, and a 404 is the gateway's, the pod's own, or of
-a shape that does not tell. Everything else asks here.
+a shape that does not tell.
 """
 
 from __future__ import annotations

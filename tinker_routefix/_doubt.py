@@ -56,6 +56,8 @@ class Doubt:
                 trial.is_probe_answered, trial.is_refused, self.call.route.waiters.sleep
             )
         if trial.answered:
+            # Exception -> traceback -> frame -> trial: a cycle, with the batch.
+            trial.last.__traceback__ = None
             return trial.answer
         # The program's own client may have sent each over another connection.
         self.is_the_pods = believed and not pooled.pool.has_own_http

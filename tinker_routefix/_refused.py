@@ -60,7 +60,7 @@ class ReplayableRequest:
     async def _answer(self, replay: Replay) -> Any:
         may_replay = self._call.budget is not None or _settings.current().max_replays > 0
         if self._doubt is not None and may_replay and self.uncertain() is None:
-            # Whose it is: by sending it where probes are answered.
+            # Whose it is: sent where probes are answered.
             await self._call.route.waiters.stagger()
             if self._doubt.can_be_settled:
                 try:
@@ -83,7 +83,11 @@ class ReplayableRequest:
         try:
             return await pooled.send(self._call.send_with)
         except BaseException as error:
-            pooled.stale |= self._call.record(error).is_refusal
+            kind = self._call.record(error)
+            pooled.stale |= kind.is_refusal
+            # The route has worked since the last one: it may be the pod's.
+            if kind is Kind.UNKNOWN_404 and self._call.route.answered_at >= replay.wait.refused_at:
+                self._doubt = Doubt(self._call)
             raise
 
     def is_refusal(self, error: BaseException) -> bool:

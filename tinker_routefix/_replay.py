@@ -1,7 +1,7 @@
 """Send a refused request again, once it is known that its job runs.
 
-What the gateway refuses never reached the pod, so the very same request (same body, same
-``seq_id``, same idempotency key) can be sent again without training anything twice.
+What the gateway refuses never reached the pod, so the very same request can be sent again without
+training anything twice.
 """
 
 from __future__ import annotations
@@ -79,22 +79,24 @@ class Replay:
         """The request's answer.
 
         Raises:
-            Exception: What it was answered with in the end: the 404, with a note on it, where the
-                job is not running or the budget is exhausted.
+            Exception: What it was answered with in the end.
         """
-        await self._route.waiters.stagger()
-        self._record_404(self.error)
         with self._route.incident(), self._route.voice.wait(self.wait):
             try:
+                await self._route.waiters.stagger()
+                self._record_404(self.error)
                 answer = await self._until_answered()
             except asyncio.CancelledError:
+                self._leave()
                 self._publish(events.Cancelled)
                 raise
             except Exception as error:
                 if error is self.error:
                     self._give_up()
+                else:
+                    self._leave()
                 raise
-        self._record_recovery()
+        self.answered()
         return answer
 
     async def _until_answered(self) -> Any:
@@ -171,8 +173,10 @@ class Replay:
         self._publish(events.Replayed)
 
     def answered(self) -> None:
-        """Answered before it came to waiting."""
-        self._record_recovery()
+        """A replay got through."""
+        self._leave()
+        self._route.mark_reachable(proof=True)
+        self._publish(events.Recovered)
 
     def _record_404(self, error: Exception) -> None:
         if error is not self.error:
@@ -184,13 +188,11 @@ class Replay:
         # One try can be several replays.
         for replays in range(self._published, number):
             self._route.record_404(self._request.name, replays)
-        self._published = number
+            self._published += 1
 
-    def _record_recovery(self) -> None:
-        self._publish_404s(self.replays)
-        self._route.mark_reachable(proof=True)
+    def _leave(self) -> None:
+        self._publish_404s(self.replays or 1)
         self._break_cycle()
-        self._publish(events.Recovered)
 
     def _break_cycle(self) -> None:
         # Break exception -> traceback -> frame -> self, so that refcounting frees it; the cyclic
