@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import logging
 import time
 import weakref
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from tinker_routefix import (
     _requests,
     _settings,
     _waiters,
+    events,
     _warmup,
 )
 from tinker_routefix._answers import Kind
@@ -722,16 +724,17 @@ def test_warmup_has_only_the_connect_budget_that_is_left(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("script", [(ValueError("500"),), ("ok", ValueError("500"), "ok")])
-def test_warmup_skips_on_non_404_error(
-    clock: Clock, caplog: pytest.LogCaptureFixture, script: tuple[Any, ...]
-) -> None:
+def test_warmup_skips_on_non_404_error(clock: Clock, script: tuple[Any, ...]) -> None:
     on, prober = route(), FakeProber(*script)
+    told: list[events.Event] = []
+    unsubscribe = events.subscribe(told.append)
     warm_up(on, prober)
+    unsubscribe()
     assert prober.send.sent == 3
     assert clock.waits == []
     assert not on.warm
-    assert "WARNING" in caplog.text
-    assert "warmup.ended: the warm-up of job acct/job failed with ValueError" in caplog.text
+    (ended,) = [event for event in told if isinstance(event, events.WarmupEnded)]
+    assert (ended.outcome, ended.error, ended.level) == ("error", "ValueError", logging.WARNING)
 
 
 @pytest.mark.parametrize(("told", "waits"), [(Told.ENDED, [2]), (Told.GONE, [1])])
