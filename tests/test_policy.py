@@ -27,8 +27,8 @@ from tinker_routefix import (
     _requests,
     _settings,
     _waiters,
-    events,
     _warmup,
+    events,
 )
 from tinker_routefix._answers import Kind
 from tinker_routefix._connecting import ConnectBudget
