@@ -842,6 +842,34 @@ def test_pod_that_answers_ends_the_wait_for_a_silent_control_plane(time: Time) -
     assert 4 <= came < 6
 
 
+class Late(ControlPlane):
+    """Answers after three seconds."""
+
+    async def ask(self, headers: object) -> Answer:
+        await asyncio.sleep(3)
+        return await super().ask(headers)
+
+
+@pytest.mark.parametrize(("told", "noted"), [(Told.RUNNING, True), (Told.ENDED, False)])
+def test_answer_later_than_the_pods_is_noted_only_where_the_job_runs(
+    time: Time, told: Told, noted: bool
+) -> None:
+    on = route()
+    on.control_plane = Late(told)  # type: ignore[assignment]
+    wait = waiting(on)
+
+    async def ask() -> bool:
+        with on.incident():
+            asyncio.get_running_loop().call_later(1, answered, on)
+            await wait.ask({})
+            early = wait.answer.told is told
+            await asyncio.sleep(5)
+        return early
+
+    assert not time.run(ask())
+    assert (wait.answer.told is told) is noted
+
+
 def test_silent_control_plane_and_pod_end_with_the_budget(time: Time) -> None:
     on, light, gateway = route(), prober(time, heals=FOREVER), Gateway(time, heals=0)
     on.control_plane = Silent()  # type: ignore[assignment]

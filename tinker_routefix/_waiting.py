@@ -49,7 +49,7 @@ class RouteWait:
         self.backoff = Backoff(settings.base_delay, longest)
         self.answer = NOT_ASKED
         """The control plane's last response."""
-        self.waits = True
+        self.waits = False
         """Whether it has received a 404 and no replay of it is in flight."""
         self.refused_at = self._began = time.monotonic()
         self._probe = probe

@@ -70,7 +70,6 @@ class _WarmUp:
             events.WarmupStarted(job=str(self._route.job), gateway=self._route.job.gateway)
         )
         wait = RouteWait(self._route, light_prober(self._route, open_prober), self._budget)
-        wait.waits = False
         try:
             async with open_prober() as prober:
                 with self._route.incident(), self._route.voice.wait(wait):
