@@ -217,6 +217,25 @@ def test_answer_lost_within_a_replay_ends_the_replays(
     assert programs.job_of(lab).replays == 1
 
 
+@pytest.mark.parametrize("kind", ["forward_backward", "save"])
+def test_submission_whose_answer_is_lost_while_its_404_is_tried_is_not_sent_again(
+    make_lab: MakeLab, kind: str
+) -> None:
+    """The gateway's 404, then one of unknown shape: sent where probes are answered."""
+    lab = make_lab()
+    client = programs.connect(lab.base_url)
+    html = REFUSALS["unknown shape"]
+    lab.fault(Fault(kinds=(kind,), count=1))
+    lab.fault(Fault(kinds=(kind,), count=1, answer=html))
+    lab.fault(Fault(kinds=(kind,), count=1, lost_answer=True, answer=None))
+    lab.fault(Fault(kinds=(kind,), count=2, answer=html))
+    with pytest.raises(tinker.NotFoundError) as caught:
+        SUBMISSIONS[kind][1](client)
+    assert tinker_routefix.may_have_been_carried_out(caught.value)
+    assert sent(lab, kind) == [404, 404, None, 404]
+    assert lab.ledger.count(kind) == 1
+
+
 @pytest.mark.trains_twice
 @pytest.mark.parametrize("kind", ["forward_backward", "save"])
 def test_submission_with_lost_answer_then_404_of_unknown_shape_is_not_sent_again(

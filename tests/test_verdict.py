@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 
 fuzz = settings(
-    max_examples=100,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     database=None,
