@@ -295,7 +295,7 @@ def tests(session: nox.Session) -> None:
         unmeasured = [f"tests/test_{name}.py" for name in MATRIX["unmeasured"]]
         apart = FILES["compat"] + FILES["robustness"] + unmeasured
     # It is what is waited for: more workers, who wait for each other less.
-    options = ("-n", "12", "-m", "not long")
+    options = ("-n", "10", "-m", "not long")
     pytest(session, *options, *ALL, *(f"--ignore={name}" for name in apart))
     if apart:
         pytest(session, *options, *apart, covered=False)

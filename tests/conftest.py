@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import zlib
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from tests.common import (
 # Before anything is imported: the shim reads its settings once, tinker its key at connect.
 os.environ["TINKER_API_KEY"] = CANARY
 os.environ["TINKER_ROUTEFIX_STRICT"] = "1"
+# tinker imports numpy, which starts threads for each core, in hundreds of processes here.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
 
@@ -91,8 +94,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the tests that wait longest first, one in each worker: it is handed two at a time."""
-
     for item in items:
         # The ledger is asked in the test itself.
         if "trains_twice" in item.keywords or item.path.stem in (
@@ -100,14 +101,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "test_never_twice",
         ):
             item.add_marker(pytest.mark.flaky(reruns=0))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        mix(items)
 
-    def waits(item: pytest.Item) -> bool:
-        return any(item.get_closest_marker(name) for name in ("long", "slow"))
 
-    items.sort(key=lambda item: not waits(item))
-    long = sum(map(waits, items))
-    if long <= len(items) // 2:
-        items[: 2 * long : 2], items[1 : 2 * long : 2] = items[:long], items[long : 2 * long]
+def mix(items: list[pytest.Item]) -> None:
+    """Have tests that work and tests that wait run beside each other: they stand in files apart.
+
+    The longest are spread over the first half: the last one to end is waited for.
+    """
+    items.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+    long = [item for item in items if any(map(item.get_closest_marker, ("long", "slow")))]
+    items[:] = [item for item in items if item not in long]
+    apart = len(items) // 2 // max(len(long), 1) + 1
+    for number, item in enumerate(long):
+        items.insert(number * apart, item)
 
 
 def pytest_collection_finish() -> None:
@@ -134,6 +142,13 @@ def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
     if "make_lab" in request.fixturenames:
         _end_clients()
         collect()
+        _freeze_once()
+
+
+@functools.cache
+def _freeze_once() -> None:
+    """Nor is what the first lab and its client have imported: looking at it takes 10 ms a time."""
+    gc.freeze()
 
 
 def _end_clients() -> None:

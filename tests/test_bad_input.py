@@ -251,6 +251,7 @@ CANNOT_TELL_FOR_NOW = {"nothing", "not-http", "half-a-body", "a-state-that-is-ne
 """Asked again within the request's own budget; the others refuse the question."""
 
 
+@pytest.mark.slow
 def test_request_without_proof_fails_when_control_plane_answer_is_unusable(
     make_lab: MakeLab, plain: Plain, settings: Change, foreign: Listener
 ) -> None:

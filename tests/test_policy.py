@@ -461,6 +461,7 @@ def test_connect_with_persistent_404_waits_out_its_budget(clock: Clock, told: To
     assert on.counters.given_up == 1
 
 
+@pytest.mark.slow
 def test_connect_waits_thousands_of_times_without_overflow(
     clock: Clock, settings: Callable[..., None]
 ) -> None:

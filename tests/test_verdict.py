@@ -105,6 +105,7 @@ def spelt(document: object, spelling: tuple[str, bool, int | None]) -> bytes:
     return text.encode(encoding, "surrogatepass")
 
 
+@pytest.mark.slow
 @fuzz
 @given(OBJECTS, st.dictionaries(st.text(), DOCUMENTS), SPELLINGS)
 def test_body_with_the_gateways_code_is_the_gateways(
@@ -249,6 +250,7 @@ def place_of(url: httpx.URL) -> tuple[str, bytes, int]:
     return url.scheme, url.raw_host.lower(), url.port or {"http": 80, "https": 443}[url.scheme]
 
 
+@pytest.mark.slow
 @settings(fuzz, max_examples=2000)
 @given(urls() | st.text())
 def test_job_from_url_is_where_httpx_sends_its_requests(url: str) -> None:

@@ -134,6 +134,7 @@ def test_short_wait_prints_nothing(lab: Lab) -> None:
     assert lab.count(refused=True) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.core
 def test_long_wait_of_many_requests_prints_one_line_and_its_end(lab: Lab) -> None:
     outage(lab, 5)
@@ -211,6 +212,7 @@ def test_wait_that_ends_in_another_error_claims_no_route(lab: Lab) -> None:
     )
 
 
+@pytest.mark.slow
 def test_telemetry_of_a_survived_outage_prints_no_traceback(lab: Lab) -> None:
     """tinker's own, which is refused as well: every second until 0.38, every 10 s later."""
     outage(lab, 12)
