@@ -209,7 +209,7 @@ def pytest(session: nox.Session, *options: str, covered: bool = True) -> None:
             shutil.rmtree(data, ignore_errors=True)
         data.mkdir(parents=True, exist_ok=True)
         session.env["COVERAGE_FILE"] = str(data / f".coverage.{number}")
-        python = ("python", "-m", "coverage", "run", "--rcfile=tests/coverage.toml", *BRANCHES)
+        python = ("python", "-m", "coverage", "run", *BRANCHES)
     # 5: nothing was collected.
     session.run(
         *(*python, *PYTEST, *RERUNS, f"--junitxml={report}"),
@@ -490,11 +490,10 @@ def coverage(session: nox.Session) -> None:
         session.skip("no data of this very code: `nox -t ci` collects them")
     # Elsewhere: a report deletes what it finds beside its file.
     session.env["COVERAGE_FILE"] = str(Path(session.create_tmp()).absolute() / ".coverage")
-    options = "--rcfile=tests/coverage.toml"
     parts = sorted((data / state()).iterdir())
     session.log(f"what was covered by {', '.join(part.name for part in parts)}")
-    session.run("coverage", "combine", "--keep", "--quiet", options, *map(str, parts))
-    session.run("coverage", "report", options, *session.posargs)
+    session.run("coverage", "combine", "--keep", "--quiet", *map(str, parts))
+    session.run("coverage", "report", *session.posargs)
 
 
 # --- nox -t wide -------------------------------------------------------------------------
