@@ -23,6 +23,7 @@ import pytest
 
 import tinker_routefix
 from tests import programs
+from tests.clock import FakeClock
 from tests.common import CANARY, RUNNING, Listener, Speak, http, until
 from tinker_routefix import _addresses, _control_plane, _question, _threads
 from tinker_routefix._addresses import Address, Manager, register
@@ -508,17 +509,16 @@ class Script:
     """A control plane that answers from a script, on a clock that only the test puts forward."""
 
     def __init__(self, mocker: Any, *replies: Any) -> None:
-        self.now = 500.0
+        self.clock = FakeClock(mocker)
         self.replies = list(replies)
         self.asked: list[tuple[float, dict[str, str]]] = []
         """When, and with which headers."""
         self.addresses: list[Address] = []
-        mocker.patch("time.monotonic", side_effect=lambda: self.now)
         mocker.patch.object(Connections, "fetch", self._fetch)
 
     async def _fetch(self, address: Address, credentials: dict[str, str]) -> Any:
         headers = credentials if address.headers is None else address.headers
-        self.asked.append((round(self.now - 500.0, 3), dict(headers)))
+        self.asked.append((self.clock.passed, dict(headers)))
         self.addresses.append(address)
         reply = self.replies[min(len(self.asked), len(self.replies)) - 1]
         await asyncio.sleep(0)
@@ -536,7 +536,7 @@ class Script:
         """Ask at these moments."""
         answers = []
         for at in moments:
-            self.now = 500.0 + at
+            self.clock.now = self.clock.began + at
             answers.append(await control_plane.ask({"x-api-key": key}))
         return answers
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 import tinker_routefix
+from tests.clock import FakeClock
 from tests.common import RUNNING, Listener, http
 from tinker_routefix import _addresses, _question
 from tinker_routefix._addresses import Address, Manager
@@ -61,27 +62,27 @@ def test_control_plane_answer_is_read_up_to_64_kib(
 @pytest.mark.parametrize(("later", "questions"), [(0.99, 1), (1.0, 2)])
 def test_answer_is_reused_for_exactly_one_second(mocker: Any, later: float, questions: int) -> None:
     fetch = mocker.patch.object(Connections, "fetch", return_value=(200, RUNNING, None))
-    now = mocker.patch("time.monotonic", return_value=500.0)
+    clock = FakeClock(mocker)
 
     async def ask() -> tuple[Answer, Answer]:
         control_plane = ControlPlane(NOWHERE)
         first = await control_plane.ask({})
-        now.return_value += later
+        clock.now += later
         return first, await control_plane.ask({})
 
     first, second = asyncio.run(ask())
     assert fetch.call_count == questions
     assert (first is second) is (questions == 1)
-    assert first.answered_at == 500.0
+    assert first.answered_at == clock.began
 
 
 def test_slow_answer_is_reused_from_its_end_on(mocker: Any) -> None:
-    now = mocker.patch("time.monotonic", return_value=500.0)
+    clock = FakeClock(mocker)
     told: list[Any] = []
     unsubscribe = tinker_routefix.subscribe(told.append)
 
     async def slow(*_: object) -> tuple[int, bytes, None]:
-        now.return_value += 4.1239
+        clock.now += 4.1239
         return 200, RUNNING, None
 
     fetch = mocker.patch.object(Connections, "fetch", side_effect=slow)
@@ -102,14 +103,14 @@ def test_failed_question_is_asked_again_after_a_second(mocker: Any) -> None:
     """The first time: then it is backed off from."""
     outcomes = [ValueError("no"), (200, RUNNING, None)]
     mocker.patch.object(Connections, "fetch", side_effect=outcomes)
-    now = mocker.patch("time.monotonic", return_value=500.0)
+    clock = FakeClock(mocker)
 
     async def ask() -> list[str]:
         control_plane = ControlPlane(NOWHERE)
         said = []
         for _ in range(3):
             said.append((await control_plane.ask({})).message)
-            now.return_value += 0.6
+            clock.now += 0.6
         return said
 
     failed = "no answer (ValueError)"

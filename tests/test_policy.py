@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx
 import pytest
 
+from tests.clock import FakeClock
 from tests.common import notes
 from tinker_routefix import (
     _control_plane,
-    _log,
     _prober,
     _question,
     _requests,
@@ -55,16 +55,12 @@ class RefusedError(Exception):
     """Stands for the SDK's 404 of the gateway."""
 
 
-class Clock:
+class Clock(FakeClock):
     """Time that passes only where a policy waits."""
 
     def __init__(self, mocker: MockerFixture) -> None:
-        self.now = 1000.0
+        super().__init__(mocker)
         self.waits: list[float] = []
-        mocker.patch("time.monotonic", side_effect=lambda: self.now)
-        mocker.patch("random.uniform", lambda _, high: high)
-        # It has noted moments of other clocks.
-        mocker.patch.object(_log, "_own_failures", _log.RateLimit(seconds=60.0))
         mocker.patch.object(
             Route, "wait_until_reachable", lambda on, seconds, **_: self.pause(on, seconds)
         )

@@ -11,7 +11,6 @@ import asyncio
 import gc
 import logging
 import re
-import selectors
 import threading
 import weakref
 from collections import Counter
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import tinker_routefix
+from tests.clock import FakeClock
 from tests.common import notes
 from tests.test_policy import (
     JOB,
@@ -35,7 +35,7 @@ from tests.test_policy import (
     route,
     waiting,
 )
-from tinker_routefix import _log, _prober, _routes, _waiters, _warmup, events
+from tinker_routefix import _prober, _routes, _waiters, _warmup, events
 from tinker_routefix._connecting import ConnectBudget
 from tinker_routefix._connections import PooledClient
 from tinker_routefix._counters import Counters
@@ -46,7 +46,9 @@ from tinker_routefix._prober import light_prober
 from tinker_routefix._route import Route
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from pytest_mock import MockerFixture
 
     from tests.test_policy import Probe
     from tinker_routefix._replay import Replay
@@ -63,61 +65,15 @@ def about(seconds: float) -> Any:
     return pytest.approx(seconds, abs=1e-3)
 
 
-class Time:
-    """The clock, and an event loop that lives by it."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        patch.setattr("time.monotonic", lambda: self.now)
-        patch.setattr("random.uniform", lambda _, high: high)
-        # It has noted moments of other clocks.
-        patch.setattr(_log, "_own_failures", _log.RateLimit(seconds=60.0))
-
-    @property
-    def passed(self) -> float:
-        """Seconds since the test began."""
-        return round(self.now - 1000.0, 3)
-
-    def run(self, program: Coroutine[Any, Any, Any]) -> Any:
-        def loop() -> asyncio.AbstractEventLoop:
-            return asyncio.SelectorEventLoop(Selector(self))
-
-        failed: list[dict[str, Any]] = []
-        with asyncio.Runner(loop_factory=loop) as runner:
-            runner.get_loop().set_exception_handler(lambda _, context: failed.append(context))
-            outcome = runner.run(program)
-        # In a callback, or in a task that nobody waits for.
-        assert not failed
-        return outcome
-
-
-class Selector(selectors.DefaultSelector):
-    def __init__(self, time: Time) -> None:
-        super().__init__()
-        self.time = time
-        self.turns = 0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        ready = super().select(0)
-        self.turns += 1
-        assert self.turns < 100_000, "this goes on for ever"
-        if not ready:
-            assert timeout is not None, "nothing will ever happen again"
-            self.time.now += timeout
-        # No two turns of a loop are ever at the same moment.
-        self.time.now += 1e-7
-        return ready
-
-
 @pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
+def time(mocker: MockerFixture) -> FakeClock:
+    return FakeClock(mocker)
 
 
 class Gateway:
     """Refuses what comes before a moment, and notes when something came."""
 
-    def __init__(self, time: Time, *, heals: float, seconds: float = 0.0) -> None:
+    def __init__(self, time: FakeClock, *, heals: float, seconds: float = 0.0) -> None:
         self.time = time
         self.heals = heals
         self.seconds = seconds
@@ -153,7 +109,7 @@ class Prober(FakeProber):
             self.closed += 1
 
 
-def prober(time: Time, *, heals: float, seconds: float = 0.0) -> Prober:
+def prober(time: FakeClock, *, heals: float, seconds: float = 0.0) -> Prober:
     return Prober(Gateway(time, heals=heals, seconds=seconds))
 
 
@@ -170,7 +126,7 @@ async def in_parallel(requests: list[Replay]) -> list[Any]:
     return await asyncio.gather(*(one.run() for one in requests), return_exceptions=True)
 
 
-def test_answer_at_the_very_moment_of_the_refusal_ends_the_wait(time: Time) -> None:
+def test_answer_at_the_very_moment_of_the_refusal_ends_the_wait(time: FakeClock) -> None:
     """An answer in the very moment of a refusal may have come after it."""
     on, light = route(), prober(time, heals=FOREVER)
 
@@ -188,7 +144,7 @@ def test_answer_at_the_very_moment_of_the_refusal_ends_the_wait(time: Time) -> N
 # --- One request and the prober ----------------------------------------------------------
 
 
-def test_replay_is_sent_when_a_probe_succeeds(time: Time) -> None:
+def test_replay_is_sent_when_a_probe_succeeds(time: FakeClock) -> None:
     on, light, gateway = route(), prober(time, heals=5.25), Gateway(time, heals=5.25)
     replayed = request(on, gateway, light_prober(on, light.open))
     assert time.run(replayed.run()) == "answer"
@@ -200,7 +156,7 @@ def test_replay_is_sent_when_a_probe_succeeds(time: Time) -> None:
     assert (light.opened, light.closed) == (1, 1)
 
 
-def test_prober_slows_from_four_probes_a_second_to_one(time: Time) -> None:
+def test_prober_slows_from_four_probes_a_second_to_one(time: FakeClock) -> None:
     """Four probes in the first second, two a second for half a minute, then one."""
     on, light = route(), prober(time, heals=FOREVER)
 
@@ -215,7 +171,7 @@ def test_prober_slows_from_four_probes_a_second_to_one(time: Time) -> None:
     assert [per_second[second] for second in range(40)] == [4] + [2] * 29 + [1] * 10
 
 
-def test_prober_pauses_while_nobody_waits(time: Time) -> None:
+def test_prober_pauses_while_nobody_waits(time: FakeClock) -> None:
     """A replay that is on its way is as good as a probe."""
     on, light = route(), prober(time, heals=FOREVER)
     slow = Gateway(time, heals=3, seconds=10)
@@ -225,7 +181,7 @@ def test_prober_pauses_while_nobody_waits(time: Time) -> None:
     assert [at for at in light.gateway.came if 12 <= at < 16]
 
 
-def test_incidents_in_quick_succession_cause_no_burst_of_probes(time: Time) -> None:
+def test_incidents_in_quick_succession_cause_no_burst_of_probes(time: FakeClock) -> None:
     on, light = route(), prober(time, heals=FOREVER)
 
     async def wait() -> None:
@@ -239,7 +195,7 @@ def test_incidents_in_quick_succession_cause_no_burst_of_probes(time: Time) -> N
     assert len(light.gateway.came) == 9
 
 
-def test_slow_probes_are_overtaken_by_few(time: Time) -> None:
+def test_slow_probes_are_overtaken_by_few(time: FakeClock) -> None:
     on, light = route(), prober(time, heals=FOREVER, seconds=3)
 
     async def wait() -> None:
@@ -252,7 +208,7 @@ def test_slow_probes_are_overtaken_by_few(time: Time) -> None:
     assert all(later - earlier > 0.22 for earlier, later in pairwise(came))
 
 
-def test_hanging_probe_does_not_keep_the_others_back(time: Time) -> None:
+def test_hanging_probe_does_not_keep_the_others_back(time: FakeClock) -> None:
     """A connection that is dead to one probe blinds nobody who waits."""
     on, light, hung = route(), prober(time, heals=2), 0
     answers = light.gateway
@@ -279,7 +235,7 @@ def test_hanging_probe_does_not_keep_the_others_back(time: Time) -> None:
 
 
 @pytest.mark.parametrize("proves", [True, False])
-def test_only_a_probe_of_get_info_proves_that_the_job_runs(time: Time, proves: bool) -> None:
+def test_only_a_probe_of_get_info_proves_that_the_job_runs(time: FakeClock, proves: bool) -> None:
     on, light = route(), prober(time, heals=0)
     light.proves = proves
 
@@ -293,7 +249,7 @@ def test_only_a_probe_of_get_info_proves_that_the_job_runs(time: Time, proves: b
 
 
 def test_waits_without_a_prober_run_their_full_length(
-    time: Time, settings: Callable[..., None], overheard: Any
+    time: FakeClock, settings: Callable[..., None], overheard: Any
 ) -> None:
     settings(strict=False)
     on, gateway, opened = route(), Gateway(time, heals=5), 0
@@ -330,7 +286,7 @@ def facts(told: list[Any]) -> list[tuple[Any, ...]]:
 
 
 def test_replay_events_carry_seconds_to_the_millisecond(
-    time: Time, settings: Callable[..., None], told: list[Any]
+    time: FakeClock, settings: Callable[..., None], told: list[Any]
 ) -> None:
     settings(base_delay=1.2345678)
     on, gateway = route(), Gateway(time, heals=2)
@@ -347,7 +303,7 @@ def test_replay_events_carry_seconds_to_the_millisecond(
 
 
 def test_waiting_lines_carry_seconds_to_the_millisecond(
-    time: Time, settings: Callable[..., None], overheard: Any
+    time: FakeClock, settings: Callable[..., None], overheard: Any
 ) -> None:
     settings(retry_budget=30.12345)
     time.run(in_parallel([request(route(), Gateway(time, heals=7), no_probe)]))
@@ -369,7 +325,7 @@ def told_waits(told: list[Any]) -> list[tuple[Any, ...]]:
 
 
 def test_wait_is_told_after_2_seconds_and_every_15_once_for_all(
-    time: Time, told: list[Any], settings: Callable[..., None]
+    time: FakeClock, told: list[Any], settings: Callable[..., None]
 ) -> None:
     settings(retry_budget=60, max_replays=9)
     on = route()
@@ -380,7 +336,7 @@ def test_wait_is_told_after_2_seconds_and_every_15_once_for_all(
 
 
 def test_wait_below_2_seconds_is_not_told(
-    time: Time, told: list[Any], settings: Callable[..., None]
+    time: FakeClock, told: list[Any], settings: Callable[..., None]
 ) -> None:
     settings(base_delay=1.5)
     assert time.run(request(route(), Gateway(time, heals=1), no_probe).run()) == "answer"
@@ -389,7 +345,7 @@ def test_wait_below_2_seconds_is_not_told(
 
 
 def test_replay_that_the_pod_holds_is_not_told_as_a_wait(
-    time: Time, told: list[Any], settings: Callable[..., None]
+    time: FakeClock, told: list[Any], settings: Callable[..., None]
 ) -> None:
     """A long poll that has got through: the route is there, and the answer is the pod's to give."""
     settings(base_delay=1)
@@ -403,7 +359,7 @@ def test_replay_that_the_pod_holds_is_not_told_as_a_wait(
     assert told_waits(told) == []
 
 
-def test_routes_that_come_and_go_are_not_told_more_often(time: Time, told: list[Any]) -> None:
+def test_routes_that_come_and_go_are_not_told_more_often(time: FakeClock, told: list[Any]) -> None:
     on = route()
 
     async def program() -> None:
@@ -418,7 +374,7 @@ def test_routes_that_come_and_go_are_not_told_more_often(time: Time, told: list[
 
 
 def test_wait_that_is_given_up_is_told_at_once_and_others_go_on(
-    time: Time, told: list[Any]
+    time: FakeClock, told: list[Any]
 ) -> None:
     on = route()
 
@@ -438,7 +394,7 @@ def test_wait_that_is_given_up_is_told_at_once_and_others_go_on(
 
 
 def test_wait_that_the_program_ends_is_told_so_and_leaves_no_timer(
-    time: Time, told: list[Any]
+    time: FakeClock, told: list[Any]
 ) -> None:
     on = route()
 
@@ -454,7 +410,7 @@ def test_wait_that_the_program_ends_is_told_so_and_leaves_no_timer(
     assert [outcome for _, outcome in told_waits(told)][1:] == ["ended"]
 
 
-def test_slow_warm_up_without_a_404_is_not_told(time: Time, told: list[Any]) -> None:
+def test_slow_warm_up_without_a_404_is_not_told(time: FakeClock, told: list[Any]) -> None:
     on, light = route(), prober(time, heals=0, seconds=8)
     time.run(warm_up(on, light.open))
     assert told_waits(told) == []
@@ -462,7 +418,7 @@ def test_slow_warm_up_without_a_404_is_not_told(time: Time, told: list[Any]) -> 
 
 
 def test_warm_up_that_has_met_404s_and_another_error_is_told_as_ended(
-    time: Time, told: list[Any]
+    time: FakeClock, told: list[Any]
 ) -> None:
     on, light = route(), prober(time, heals=5)
     refuse = light.gateway
@@ -476,7 +432,7 @@ def test_warm_up_that_has_met_404s_and_another_error_is_told_as_ended(
     assert told_waits(told)[-1][1] == "ended"
 
 
-def test_warm_up_events_carry_seconds_to_the_millisecond(time: Time, told: list[Any]) -> None:
+def test_warm_up_events_carry_seconds_to_the_millisecond(time: FakeClock, told: list[Any]) -> None:
     on, light = route(), prober(time, heals=0, seconds=0.12345)
     time.run(warm_up(on, light.open))
     started, probed, ended = told
@@ -487,7 +443,7 @@ def test_warm_up_events_carry_seconds_to_the_millisecond(time: Time, told: list[
 
 
 def test_longest_wait_is_that_of_the_worst_request(
-    time: Time, settings: Callable[..., None]
+    time: FakeClock, settings: Callable[..., None]
 ) -> None:
     settings(max_replays=1)
     on = route()
@@ -505,7 +461,7 @@ def test_longest_wait_is_that_of_the_worst_request(
     [(Told.RUNNING, events.GivenUp), (Told.ENDED, events.FailedFast)],
 )
 def test_final_event_and_exception_note_agree(
-    time: Time,
+    time: FakeClock,
     settings: Callable[..., None],
     told: list[Any],
     state: Told,
@@ -525,14 +481,16 @@ def test_final_event_and_exception_note_agree(
 # --- Some replicas know the route, others do not -----------------------------------------
 
 
-def half_healed(time: Time, *, heals: float, proves: bool = True) -> tuple[Route, Gateway, Replay]:
+def half_healed(
+    time: FakeClock, *, heals: float, proves: bool = True
+) -> tuple[Route, Gateway, Replay]:
     """Every probe comes through, and every replay up to a moment gets the 404."""
     on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=heals)
     light.proves = proves
     return on, gateway, request(on, gateway, light_prober(on, light.open))
 
 
-def test_half_healed_route_costs_pace_and_no_counted_wait(time: Time) -> None:
+def test_half_healed_route_costs_pace_and_no_counted_wait(time: FakeClock) -> None:
     on, gateway, replayed = half_healed(time, heals=20)
     assert time.run(replayed.run()) == "answer"
     assert replayed.wait.backoff.counted_waits == 0
@@ -544,7 +502,7 @@ def test_half_healed_route_costs_pace_and_no_counted_wait(time: Time) -> None:
 @pytest.mark.parametrize("proves", [True, False], ids=["get_info", "capabilities"])
 @pytest.mark.parametrize("draw", [0, 0.5, 1])
 def test_half_healed_route_is_asked_and_retried_for_the_budget_and_seldom(
-    time: Time, monkeypatch: pytest.MonkeyPatch, draw: float, proves: bool
+    time: FakeClock, monkeypatch: pytest.MonkeyPatch, draw: float, proves: bool
 ) -> None:
     monkeypatch.setattr("random.uniform", lambda low, high: low + draw * (high - low))
     on, gateway, replayed = half_healed(time, heals=FOREVER, proves=proves)
@@ -561,7 +519,7 @@ def test_half_healed_route_is_asked_and_retried_for_the_budget_and_seldom(
 
 
 def test_answer_after_giving_up_marks_the_route_reachable(
-    time: Time, settings: Callable[..., None]
+    time: FakeClock, settings: Callable[..., None]
 ) -> None:
     """It says that the route works again, and telemetry need not be dropped any more."""
     settings(retry_budget=1)
@@ -574,7 +532,9 @@ def test_answer_after_giving_up_marks_the_route_reachable(
     assert not on.given_up
 
 
-def test_paced_replay_keeps_within_the_budget(time: Time, settings: Callable[..., None]) -> None:
+def test_paced_replay_keeps_within_the_budget(
+    time: FakeClock, settings: Callable[..., None]
+) -> None:
     settings(retry_budget=0.3)
     on, light, gateway = route(), prober(time, heals=0), Gateway(time, heals=FOREVER)
     with pytest.raises(RefusedError):
@@ -582,7 +542,7 @@ def test_paced_replay_keeps_within_the_budget(time: Time, settings: Callable[...
     assert gateway.came == [0, 0.3]
 
 
-def test_pace_does_not_lengthen_a_shorter_wait(time: Time) -> None:
+def test_pace_does_not_lengthen_a_shorter_wait(time: FakeClock) -> None:
     """The shorter one of the two holds."""
     on, light, woke = route(), prober(time, heals=0), []
 
@@ -600,7 +560,7 @@ def test_pace_does_not_lengthen_a_shorter_wait(time: Time) -> None:
     assert woke == [0, 0.2, 0.4, 0.6, 0.8]
 
 
-def test_answer_before_the_last_refusal_does_not_end_the_wait(time: Time) -> None:
+def test_answer_before_the_last_refusal_does_not_end_the_wait(time: FakeClock) -> None:
     """The first replay is on its way for a second, and meanwhile another request got through."""
     on, gateway = route(), Gateway(time, heals=6, seconds=1)
 
@@ -612,7 +572,7 @@ def test_answer_before_the_last_refusal_does_not_end_the_wait(time: Time) -> Non
     assert gateway.came == [2, 7]
 
 
-def test_discarded_404_holds_no_frames(time: Time) -> None:
+def test_discarded_404_holds_no_frames(time: FakeClock) -> None:
     """Its frames lead to the request and to its body, and from there back to it."""
     on, gateway = route(), Gateway(time, heals=5)
     replayed = request(on, gateway, no_probe)
@@ -621,7 +581,7 @@ def test_discarded_404_holds_no_frames(time: Time) -> None:
     assert replayed.error.__traceback__ is None
 
 
-def test_raised_404_is_the_last_one_received(time: Time) -> None:
+def test_raised_404_is_the_last_one_received(time: FakeClock) -> None:
     """And the others are gone at once, with all that their frames hold."""
     on, gateway = route(*[Told.RUNNING] * 3, Told.ENDED), Gateway(time, heals=FOREVER)
     first = RefusedError("the first")
@@ -636,7 +596,7 @@ def test_raised_404_is_the_last_one_received(time: Time) -> None:
 # --- Many at once ------------------------------------------------------------------------
 
 
-def test_hundred_waiters_share_one_prober_and_are_released_together(time: Time) -> None:
+def test_hundred_waiters_share_one_prober_and_are_released_together(time: FakeClock) -> None:
     on, light, gateway = route(), prober(time, heals=10.25), Gateway(time, heals=10.25)
     probe = light_prober(on, light.open)
     answers = time.run(in_parallel([request(on, gateway, probe) for _ in range(100)]))
@@ -665,7 +625,7 @@ class OneAnswer(ControlPlane):
         return await super().ask(headers)
 
 
-def test_waiters_released_together_are_staggered_over_loop_ticks(time: Time) -> None:
+def test_waiters_released_together_are_staggered_over_loop_ticks(time: FakeClock) -> None:
     """A few in each turn of the loop, which has other things to do: tinker's."""
     on, light = route(), prober(time, heals=3)
     on.control_plane = OneAnswer()  # type: ignore[assignment]
@@ -685,7 +645,7 @@ def test_waiters_released_together_are_staggered_over_loop_ticks(time: Time) -> 
 
 
 def test_waiters_that_start_together_are_staggered_over_loop_ticks(
-    time: Time, told: list[Any]
+    time: FakeClock, told: list[Any]
 ) -> None:
     """Their polls end in one turn where the gateway closes what it held open."""
     on = route()
@@ -699,7 +659,7 @@ def test_waiters_that_start_together_are_staggered_over_loop_ticks(
     assert max(Counter(met).values()) == _waiters.WAKEUPS_PER_TICK
 
 
-def test_successful_request_releases_the_other_waiters(time: Time) -> None:
+def test_successful_request_releases_the_other_waiters(time: FakeClock) -> None:
     """Whatever it was: no probe is needed, and nobody waits to the end."""
     on, gateway = route(), Gateway(time, heals=3)
 
@@ -713,7 +673,7 @@ def test_successful_request_releases_the_other_waiters(time: Time) -> None:
     assert Counter(gateway.came) == {2: 5, 3: 5}
 
 
-def test_prober_stays_until_the_last_waiter_is_through(time: Time) -> None:
+def test_prober_stays_until_the_last_waiter_is_through(time: FakeClock) -> None:
     on, light = route(), prober(time, heals=9.25)
     probe = light_prober(on, light.open)
     first, last = Sender("at once"), Gateway(time, heals=9.25)
@@ -723,7 +683,7 @@ def test_prober_stays_until_the_last_waiter_is_through(time: Time) -> None:
     assert last.came == [2, 6, 9.25]
 
 
-def test_cancelled_waiter_leaves_the_others_waiting(time: Time, told: list[Any]) -> None:
+def test_cancelled_waiter_leaves_the_others_waiting(time: FakeClock, told: list[Any]) -> None:
     on, light, gateway = route(), prober(time, heals=5.25), Gateway(time, heals=5.25)
     probe = light_prober(on, light.open)
 
@@ -745,7 +705,7 @@ def test_cancelled_waiter_leaves_the_others_waiting(time: Time, told: list[Any])
     assert Counter(gateway.came) == {2: 2, 5.25: 1}
 
 
-def test_cancelling_the_last_waiter_ends_the_prober(time: Time) -> None:
+def test_cancelling_the_last_waiter_ends_the_prober(time: FakeClock) -> None:
     on, light = route(), prober(time, heals=FOREVER)
 
     async def program() -> None:
@@ -765,7 +725,7 @@ def test_cancelling_the_last_waiter_ends_the_prober(time: Time) -> None:
 # --- What connecting may cost ------------------------------------------------------------
 
 
-def test_concurrent_waits_of_one_client_spend_its_connect_budget_once(time: Time) -> None:
+def test_concurrent_waits_of_one_client_spend_its_connect_budget_once(time: FakeClock) -> None:
     on, budget = route(), ConnectBudget()
     calls = [request(on, Gateway(time, heals=10), no_probe, budget=budget) for _ in range(10)]
     assert time.run(in_parallel(calls)) == ["answer"] * 10
@@ -774,7 +734,7 @@ def test_concurrent_waits_of_one_client_spend_its_connect_budget_once(time: Time
 
 
 def test_clients_that_connect_at_the_same_time_have_a_budget_each(
-    time: Time, settings: Callable[..., None]
+    time: FakeClock, settings: Callable[..., None]
 ) -> None:
     """Six seconds stay six, whatever the others do."""
     settings(warmup_timeout=6)
@@ -795,14 +755,14 @@ def test_clients_that_connect_at_the_same_time_have_a_budget_each(
 
 
 @pytest.mark.parametrize("told", [Told.ENDED, Told.STARTING, Told.GONE])
-def test_route_of_a_job_that_does_not_run_is_no_longer_warm(time: Time, told: Told) -> None:
+def test_route_of_a_job_that_does_not_run_is_no_longer_warm(time: FakeClock, told: Told) -> None:
     on = route(told)
     on.warm = True
     time.run(in_parallel([request(on, Gateway(time, heals=FOREVER), no_probe)]))
     assert not on.warm
 
 
-def test_warm_up_of_the_next_client_has_a_whole_budget_after_an_incident(time: Time) -> None:
+def test_warm_up_of_the_next_client_has_a_whole_budget_after_an_incident(time: FakeClock) -> None:
     """A later 404 of the running program, and a route that is gone when another one connects."""
     on = route()
     assert time.run(request(on, Gateway(time, heals=10), no_probe).run()) == "answer"
@@ -813,7 +773,7 @@ def test_warm_up_of_the_next_client_has_a_whole_budget_after_an_incident(time: T
     assert time.passed - began == 120
 
 
-def test_connecting_on_a_warm_route_keeps_its_budget(time: Time) -> None:
+def test_connecting_on_a_warm_route_keeps_its_budget(time: FakeClock) -> None:
     """Another client of the same job has been at work for long."""
     on, gateway = route(Told.NOTHING), Gateway(time, heals=40)
     on.warm = True
@@ -833,7 +793,7 @@ class Silent(ControlPlane):
         raise AssertionError
 
 
-def test_pod_that_answers_ends_the_wait_for_a_silent_control_plane(time: Time) -> None:
+def test_pod_that_answers_ends_the_wait_for_a_silent_control_plane(time: FakeClock) -> None:
     """A 2xx of the pod's through the route is proof as well."""
     on, light, gateway = route(), prober(time, heals=4), Gateway(time, heals=4)
     on.control_plane = Silent()  # type: ignore[assignment]
@@ -852,7 +812,7 @@ class Late(ControlPlane):
 
 @pytest.mark.parametrize(("told", "noted"), [(Told.RUNNING, True), (Told.ENDED, False)])
 def test_answer_later_than_the_pods_is_noted_only_where_the_job_runs(
-    time: Time, told: Told, noted: bool
+    time: FakeClock, told: Told, noted: bool
 ) -> None:
     on = route()
     on.control_plane = Late(told)  # type: ignore[assignment]
@@ -870,7 +830,7 @@ def test_answer_later_than_the_pods_is_noted_only_where_the_job_runs(
     assert (wait.answer.told is told) is noted
 
 
-def test_silent_control_plane_and_pod_end_with_the_budget(time: Time) -> None:
+def test_silent_control_plane_and_pod_end_with_the_budget(time: FakeClock) -> None:
     on, light, gateway = route(), prober(time, heals=FOREVER), Gateway(time, heals=0)
     on.control_plane = Silent()  # type: ignore[assignment]
     with pytest.raises(RefusedError, match="first"):
@@ -880,7 +840,9 @@ def test_silent_control_plane_and_pod_end_with_the_budget(time: Time) -> None:
     assert on.counters.given_up == 1
 
 
-def test_answer_that_proves_nothing_sends_nothing_without_the_control_plane(time: Time) -> None:
+def test_answer_that_proves_nothing_sends_nothing_without_the_control_plane(
+    time: FakeClock,
+) -> None:
     """A pod that answers with its own 404, say: not a success."""
     on, light, gateway = route(Told.NOTHING), prober(time, heals=0), Gateway(time, heals=0)
     light.proves = False
@@ -895,7 +857,7 @@ def test_answer_that_proves_nothing_sends_nothing_without_the_control_plane(time
 # --- The warm-up -------------------------------------------------------------------------
 
 
-def test_warm_up_goes_on_when_a_light_probe_succeeds(time: Time) -> None:
+def test_warm_up_goes_on_when_a_light_probe_succeeds(time: FakeClock) -> None:
     on, light = route(), prober(time, heals=5.25)
     time.run(warm_up(on, light.open))
     assert on.warm
@@ -911,7 +873,7 @@ def test_warm_up_goes_on_when_a_light_probe_succeeds(time: Time) -> None:
     assert light.opened == light.closed == 2
 
 
-def test_warm_up_tells_of_each_404_that_it_gets(time: Time, told: list[Any]) -> None:
+def test_warm_up_tells_of_each_404_that_it_gets(time: FakeClock, told: list[Any]) -> None:
     on, light = route(), prober(time, heals=5.25)
     time.run(warm_up(on, light.open))
     refused = [event for event in told if isinstance(event, events.Refused)]
@@ -922,7 +884,7 @@ def test_warm_up_tells_of_each_404_that_it_gets(time: Time, told: list[Any]) -> 
 
 
 def test_warm_up_that_fails_itself_tells_so(
-    time: Time, settings: Callable[..., None], told: list[Any]
+    time: FakeClock, settings: Callable[..., None], told: list[Any]
 ) -> None:
     settings(strict=False)
 
@@ -939,7 +901,7 @@ def test_warm_up_that_fails_itself_tells_so(
     assert (on.counters.warmups, on.counters.longest_wait) == (1, 0)
 
 
-def test_healthy_warm_up_is_one_round_and_no_intervention(time: Time) -> None:
+def test_healthy_warm_up_is_one_round_and_no_intervention(time: FakeClock) -> None:
     on, light = route(), prober(time, heals=0, seconds=0.05)
     on.given_up = True
     time.run(warm_up(on, light.open))
@@ -955,7 +917,7 @@ def test_healthy_warm_up_is_one_round_and_no_intervention(time: Time) -> None:
 
 @pytest.mark.parametrize(("heals", "cancelled"), [(FOREVER, 1), (0, 0)])
 def test_cancelled_warm_up_is_counted_only_after_a_404(
-    time: Time, told: list[Any], heals: float, cancelled: int
+    time: FakeClock, told: list[Any], heals: float, cancelled: int
 ) -> None:
     """It counts only where a 404 was met."""
     on, light = route(), prober(time, heals=heals, seconds=0.05)
@@ -977,7 +939,9 @@ def test_cancelled_warm_up_is_counted_only_after_a_404(
 
 
 @pytest.mark.parametrize("order", [(None, ValueError("500"), "ok"), (ValueError("500"), None)])
-def test_warm_up_round_with_a_404_and_another_error_counts_as_a_404(time: Time, order: Any) -> None:
+def test_warm_up_round_with_a_404_and_another_error_counts_as_a_404(
+    time: FakeClock, order: Any
+) -> None:
     """The route is stale for sure; the other error may come of that."""
     on, light = route(), FakeProber(*order, "ok")
 
@@ -990,7 +954,7 @@ def test_warm_up_round_with_a_404_and_another_error_counts_as_a_404(time: Time, 
     assert on.counters.last_intervention is not None
 
 
-def test_answer_before_the_last_refusal_does_not_end_the_warm_up_wait(time: Time) -> None:
+def test_answer_before_the_last_refusal_does_not_end_the_warm_up_wait(time: FakeClock) -> None:
     """The probes are in flight for a second, and meanwhile another request got through."""
     on = route()
     first, light = prober(time, heals=2, seconds=1), prober(time, heals=FOREVER)
@@ -1006,7 +970,7 @@ def test_answer_before_the_last_refusal_does_not_end_the_warm_up_wait(time: Time
     assert first.gateway.came[3] >= 3
 
 
-def test_warm_up_with_another_error_emits_outcome_error(time: Time, told: list[Any]) -> None:
+def test_warm_up_with_another_error_emits_outcome_error(time: FakeClock, told: list[Any]) -> None:
     on, light = route(), FakeProber(ValueError("500"))
 
     @asynccontextmanager
@@ -1020,7 +984,7 @@ def test_warm_up_with_another_error_emits_outcome_error(time: Time, told: list[A
 
 
 def test_warm_up_timeout_says_what_it_saw(
-    time: Time, settings: Callable[..., None], told: list[Any]
+    time: FakeClock, settings: Callable[..., None], told: list[Any]
 ) -> None:
     settings(warmup_timeout=9)
     on = route(Told.STARTING)
@@ -1040,7 +1004,7 @@ def test_warm_up_timeout_says_what_it_saw(
     assert on.counters.warmup_seconds == about(on.counters.longest_wait)
 
 
-def test_warm_up_of_an_ended_job_says_what_it_saw(time: Time, told: list[Any]) -> None:
+def test_warm_up_of_an_ended_job_says_what_it_saw(time: FakeClock, told: list[Any]) -> None:
     on, light = route(Told.ENDED), prober(time, heals=FOREVER)
     with pytest.raises(RefusedError) as caught:
         time.run(warm_up(on, light.open))
@@ -1052,7 +1016,7 @@ def test_warm_up_of_an_ended_job_says_what_it_saw(time: Time, told: list[Any]) -
     assert (told[-1].outcome, told[-1].error) == ("job ended", "RefusedError")
 
 
-def test_telemetry_is_no_longer_dropped_30_seconds_after_giving_up(time: Time) -> None:
+def test_telemetry_is_no_longer_dropped_30_seconds_after_giving_up(time: FakeClock) -> None:
     """And no longer, so that it is not dropped for ever."""
     on = route()
     assert not on.drops_telemetry
@@ -1068,7 +1032,7 @@ def test_telemetry_is_no_longer_dropped_30_seconds_after_giving_up(time: Time) -
     assert on.counters.telemetry_dropped == 0
 
 
-def test_repeated_log_line_is_limited_to_one_in_five_seconds(time: Time) -> None:
+def test_repeated_log_line_is_limited_to_one_in_five_seconds(time: FakeClock) -> None:
     on = route()
     assert on.log_rate_limit.skipped("route.refused") == 0
     time.now += 4.9
@@ -1106,7 +1070,7 @@ REFUSED = "What to do: check the key, and with"
     ],
 )
 def test_exception_note_says_what_to_do_next(
-    time: Time, told: list[Any], said: Told, advice: str | None, connecting: bool
+    time: FakeClock, told: list[Any], said: Told, advice: str | None, connecting: bool
 ) -> None:
     on = route(said)
     on.control_plane.ago = 0.45678  # type: ignore[attr-defined]
@@ -1128,7 +1092,7 @@ def test_exception_note_says_what_to_do_next(
         assert "`tinker-routefix check https://gateway.example/training/v1/rlorTrainer" in note
 
 
-def test_warm_up_timeout_says_what_to_do_next(time: Time) -> None:
+def test_warm_up_timeout_says_what_to_do_next(time: FakeClock) -> None:
     on = route()
     on.control_plane.ago = 0.45678  # type: ignore[attr-defined]
     with pytest.raises(RouteTimeoutError) as caught:
@@ -1157,7 +1121,7 @@ def test_each_loop_has_one_route_to_a_job() -> None:
         second.close()
 
 
-def test_paced_request_counts_as_one_that_waits(time: Time) -> None:
+def test_paced_request_counts_as_one_that_waits(time: FakeClock) -> None:
     waiters, counts = _waiters.Waiters(), []
 
     async def wait() -> None:
@@ -1354,7 +1318,7 @@ def stale_client(pool: Any) -> PooledClient:
     ids=["lost everywhere", "some replicas answer", "nobody probes"],
 )
 def test_second_connection_is_tried_unless_the_route_is_lost_everywhere(
-    time: Time, waiters: int, answered_ago: float, tries: int
+    time: FakeClock, waiters: int, answered_ago: float, tries: int
 ) -> None:
     """Where nothing gets through, one more would be a connection for nothing."""
     pool = Pool(route())
