@@ -9,8 +9,6 @@ import asyncio
 import selectors
 from typing import TYPE_CHECKING, Any
 
-from tinker_routefix import _log
-
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
@@ -24,8 +22,6 @@ class FakeClock:
         self.now = self.began = 1000.0
         mocker.patch("time.monotonic", self.monotonic)
         mocker.patch("random.uniform", lambda _, high: high)
-        # It has noted moments of other clocks.
-        mocker.patch.object(_log, "_own_failures", _log.RateLimit(seconds=60.0))
 
     def monotonic(self) -> float:
         return self.now

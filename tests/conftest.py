@@ -49,6 +49,12 @@ OVER_TLS = os.environ.get("ROUTEFIX_TESTS_TLS") == "1"
 TRANSPORT = os.environ.get("ROUTEFIX_TESTS_TRANSPORT")
 """``httpx`` or ``pyqwest``: what the labs tell tinker to use, where a test does not say."""
 
+if unknown := {name for name in os.environ if name.startswith("ROUTEFIX_TESTS_")} - {
+    "ROUTEFIX_TESTS_TLS",
+    "ROUTEFIX_TESTS_TRANSPORT",
+}:
+    raise pytest.UsageError(f"no such variable of the tests: {', '.join(unknown)}")
+
 if OVER_TLS:
     # TLS contexts are kept for the process, so every one has to trust the labs.
     os.environ["SSL_CERT_FILE"] = str(_tls.ca_file())
@@ -93,13 +99,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         tell_nox("rerun.txt", f"FAILED AT FIRST: {report.nodeid}\n{report.longreprtext}\n\n")
 
 
+JUDGES = ("test_schedules", "test_never_twice", "test_demo", "survey")
+"""Files whose tests ask the ledger themselves: a second run excuses nothing in them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # The ledger is asked in the test itself.
-        if "trains_twice" in item.keywords or item.path.stem in (
-            "test_schedules",
-            "test_never_twice",
-        ):
+        if "trains_twice" in item.keywords or item.path.stem in JUDGES:
             item.add_marker(pytest.mark.flaky(reruns=0))
     if "PYTEST_XDIST_WORKER" in os.environ:
         mix(items)

@@ -40,10 +40,15 @@ def run_tests(release: str, scratch: Path, *options: str) -> None:
     path = [str(index.unpacked(index.CACHE, release, offline=False))]
     path += [str(scratch)] if facts["needs_torch"] else []
     path += filter(None, [os.environ.get("PYTHONPATH")])
+    # Not the whole of it once more: there it is known what a second run must not excuse.
+    reruns = ["--reruns", "1"] if os.environ.get("CI") == "true" else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    # It is no worker itself.
+    environment.pop("PYTEST_XDIST_WORKER", None)
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *reruns, *options],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

@@ -66,7 +66,6 @@ class Environment:
         shutil.copytree(
             Path(tinker_routefix.__file__).parent,
             self.site / "tinker_routefix",
-            ignore=shutil.ignore_patterns("__pycache__"),
         )
         for name in FILES:
             shutil.copy(startup_file(name), self.site / name)
@@ -107,7 +106,7 @@ class Environment:
         return str(ended.stdout).strip()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """For tests that change nothing in it."""
     return Environment(tmp_path_factory.mktemp("shared"))
@@ -125,7 +124,7 @@ def with_stub(environment: Environment) -> Environment:
     return environment
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stubbed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """For tests that change nothing in it."""
     return with_stub(Environment(tmp_path_factory.mktemp("stubbed")))

@@ -74,7 +74,7 @@ class Ended:
         assert (self.code, self.printed.strip()) == (0, printed), self.complained[-3000:]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return Environment(tmp_path_factory.mktemp("environment"))
 

@@ -132,9 +132,7 @@ def main(names: Sequence[str]) -> int:
         )
         SHOTS[name](console)
         svg = console.export_svg(
-            title=f"tinker-routefix {name}",
-            theme=DIMMED_MONOKAI,
-            unique_id=name,
+            title=f"tinker-routefix {name}", theme=DIMMED_MONOKAI, unique_id=name
         )
         lines = (line.rstrip() for line in _FONTS.sub("", svg).splitlines())
         (IMAGES / f"{name}.svg").write_text("\n".join(lines) + "\n", encoding="utf-8")
