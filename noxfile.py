@@ -166,7 +166,7 @@ def wheel(session: nox.Session) -> str:
     """The package, built once for all sessions: they test the file that a user would install."""
 
     def build(part: Path) -> None:
-        session.run("uv", "build", "--quiet", "--wheel", f"--out-dir={part}", external=True)
+        session.run_install("uv", "build", "--quiet", "--wheel", f"--out-dir={part}", external=True)
 
     return str(next(built("wheels", session, build).glob("*.whl")))
 
