@@ -64,7 +64,7 @@ def run_tests(release: str, scratch: Path, *options: str) -> None:
     assert passed > 3 * skipped, said
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "release", [pytest.param(name, id=name + KINDS.get(name, "")) for name in RELEASES]
 )
