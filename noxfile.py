@@ -436,10 +436,10 @@ def minimums(session: nox.Session) -> None:
         session.error(f"uv resolves {pins} for {sorted(names)}")
     install(session, requirement(OLDEST), *pins)
     # httpx 0.23 uses a module that Python deprecates.
-    quiet = ("-W", "ignore::DeprecationWarning")
+    session.env["PYTEST_ADDOPTS"] = "-W ignore::DeprecationWarning"
     files = ["tests/test_control_plane.py", "tests/test_policy.py", "tests/test_seams.py"]
-    pytest(session, *quiet, *files)
-    pytest(session, *quiet, *CORE)
+    pytest(session, *files)
+    pytest(session, *CORE)
 
 
 @nox.session(python=MAIN_PYTHON, tags=["ci"], default=False)
